@@ -1,0 +1,1038 @@
+# Docs, metrics and results: docs/async_online_dpo.md
+"""Asynchronous Online DPO: vLLM generates batch t+1 while the learner trains on batch t.
+
+Five steps, for every batch t (arXiv 2410.18252; Online DPO: arXiv 2402.04792):
+  1. submit    the learner snapshots its weights, version t, and queues the prompts of batch t+S with them
+  2. generate  vLLM, on its own thread and device, loads that snapshot and samples K responses a prompt
+  3. label     a reward model or function scores the responses; best and worst of K are the pair of a prompt
+  4. refer     the frozen starting policy (the reference) gives its log-probabilities of both
+  5. learn     N mini-batches x T epochs of the DPO loss on the pairs; the weights are now version t+1
+Steps 2 and 3-5 run side by side. Batch t is always made by version max(0, t-S), whichever side is faster, so an
+asynchronous run is reproducible; S=0 is the synchronous algorithm. The pairs come from slightly old weights: that,
+and that they are labelled while training, is all that differs from textbook (offline, on-policy-free) DPO.
+
+Shapes: B prompts a batch, K samples a prompt, N = B*K responses (rows), P prompt length, R response length, V vocabulary.
+
+    python async_online_dpo.py                                    # needs: python -m benchmark.tasks.tldr_tiny
+    torchrun --nproc_per_node 3 async_online_dpo.py ...           # 4 GPUs: 3 learn, the last one generates
+"""
+
+import contextlib
+import copy
+import importlib
+import json
+import logging
+import os
+import platform
+import queue
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+import tyro
+from datasets import Dataset, load_dataset, load_from_disk
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    model: str = "tasks/tldr-tiny/sft-m"
+    """policy to start from, and the reference: a folder or Hub id that AutoModelForCausalLM opens"""
+    reward: str = "tasks/tldr-tiny/rm-m"
+    """reward: a sequence-classification model (folder or Hub id), or a Python function as module:function"""
+    gold: str = "benchmark.tasks.tldr_tiny:gold"
+    """judge of the evaluation, never trained on: as --reward, or empty for none"""
+    dataset: str = "tasks/tldr-tiny/data"
+    """prompts: a folder made by save_to_disk, or a Hub id"""
+    train_split: str = "train"
+    """split that prompts are trained on"""
+    eval_split: str = "validation"
+    """split that prompts are evaluated on"""
+    query_column: str = "query"
+    """column with the prompt's text"""
+    reference_column: str = "reference"
+    """column with the reference response's text"""
+    output_dir: str = ""
+    """folder for the logs and the trained policy; empty: a new one under runs/"""
+    seed: int = 1
+    """seed of the data order and of the sampling"""
+    track: bool = False
+    """log to Weights & Biases too (set WANDB_MODE=offline for no network)"""
+
+    total_episodes: int = 12_800
+    """completions to generate and learn from in the whole run"""
+    batch_size: int = 128
+    """completions per optimizer update"""
+    micro_batch_size: int = 64
+    """completions per forward and backward pass (memory, not results)"""
+    samples_per_prompt: int = 2
+    """K: completions per prompt"""
+    num_mini_batches: int = 1
+    """N: optimizer updates per generated batch, each on its own mini-batch (off-policyness)"""
+    num_epochs: int = 1
+    """T: passes over each generated batch"""
+    max_staleness: int = 1
+    """S: batch t is made by the weights of version max(0, t - S); 0 is synchronous"""
+    prompt_length: int = 128
+    """longest prompt, in tokens; rows with longer ones are left out"""
+    response_length: int = 32
+    """longest response, in tokens"""
+    temperature: float = 0.7
+    """sampling temperature; log-probabilities are those of logits / temperature"""
+    missing_eos_score: float = -1.0
+    """score of a response that does not end in EOS, in place of the reward's"""
+    learning_rate: float = 3e-4
+    """peak learning rate of AdamW, decayed linearly to 0"""
+    lr_schedule: Literal["per_batch", "per_update"] = "per_batch"
+    """decay once per generated batch (as the paper) or once per optimizer update"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute and generate in this type (weights of the learner stay float32); auto: bfloat16 on CUDA, else float32"""
+    gpu_memory_utilization: float = 0.3
+    """share of its GPU that vLLM may take (on one GPU the learner needs the rest)"""
+    timeout: float = 600.0
+    """seconds that one side may wait for the other before the run ends with an error"""
+    eval_every: int = 25
+    """evaluate every so many batches, and after the last; 0: never"""
+    eval_prompts: int = 256
+    """number of held-out prompts of an evaluation"""
+
+    # ------------------------------------------------------------------------------------------------ Online DPO
+    loss: Literal["dpo", "ipo", "best_of_k"] = "dpo"
+    """dpo: sigmoid loss; ipo: squared loss; best_of_k: -log pi of the best sample (SFT on it)"""
+    beta: float = 0.1
+    """strength of the pull to the reference (dpo, ipo)"""
+
+    # ------------------------------------------------------------------------------------------------ derived
+    num_batches: int = field(init=False, default=0)  # generated batches in the run
+    num_prompts: int = field(init=False, default=0)  # B: prompts per generated batch
+
+    def __post_init__(self):
+        completions = self.batch_size * self.num_mini_batches  # N rows of one generated batch
+        self.num_batches = self.total_episodes // completions if completions > 0 else 0
+        self.num_prompts = completions // self.samples_per_prompt if self.samples_per_prompt > 0 else 0
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Helpers: log-probabilities, data, rewards
+# ---------------------------------------------------------------------------------------------------------------------
+def pad(rows: list[list], value) -> Tensor:
+    """Right-pad rows of different lengths into one (len(rows), longest) tensor."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values over the places where mask is true; padding never counts."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """log pi(token | before) of every response token, under logits / temperature.
+
+    input_ids (n, L): query, response, right padding; query_lengths (n,); mask (n, R): true at response tokens.
+    Returns (n, R), 0 at padding. Attention is causal, so padding on the right needs no attention mask; the output
+    layer, the widest of a small model, runs at response tokens only.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
+    row, column = mask.nonzero(as_tuple=True)
+    position = query_lengths[row] + column - 1  # the token before predicts the token
+    logits = model.get_output_embeddings()(hidden[row, position]).float() / temperature  # (tokens, V)
+    logprobs = -F.cross_entropy(logits, input_ids[row, position + 1], reduction="none")  # (tokens,)
+    return torch.zeros(mask.shape, device=mask.device).index_put((row, column), logprobs)  # (n, R)
+
+
+def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
+    """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
+    on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
+    data = load_from_disk(args.dataset)[split] if on_disk else load_dataset(args.dataset, split=split)
+    data = data.map(lambda rows: {"input_ids": tokenizer(rows[args.query_column]).input_ids}, batched=True)
+    return data.filter(lambda row: 0 < len(row["input_ids"]) <= args.prompt_length)
+
+
+def prompt_rows(args: Args, size: int, t: int) -> list[int]:
+    """Row numbers of batch t's B prompts: a pure function of t, every row once an epoch, each epoch reshuffled."""
+    epoch, i = divmod(t, size // args.num_prompts)
+    order = np.random.default_rng((args.seed, epoch)).permutation(size)
+    return order[i * args.num_prompts : (i + 1) * args.num_prompts].tolist()
+
+
+def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor]:
+    """A function (queries, responses, columns) -> scores (n,): token ids, token ids with EOS, the rows' other columns.
+
+    spec is a sequence-classification model or module:function, a Python function (prompts, responses, **columns) of
+    lists of text that returns a list of numbers.
+    """
+    if is_function(spec):
+        module, name = spec.split(":")
+        function = getattr(importlib.import_module(module), name)
+
+        def reward(queries, responses, columns):
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
+            return torch.tensor(function(columns[args.query_column], texts, **others), dtype=torch.float32)
+
+        return reward
+
+    model = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=1, dtype=torch.float32)
+    model = model.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def reward(queries, responses, columns):
+        rows = [q + r for q, r in zip(queries, responses, strict=True)]
+        scores = []
+        for i in range(0, len(rows), args.micro_batch_size):
+            input_ids = pad(rows[i : i + args.micro_batch_size], tokenizer.pad_token_id).to(device)
+            with autocast(args, device):  # the model finds the last token by its pad id
+                scores.append(model(input_ids=input_ids, use_cache=False).logits[:, 0].float())
+        return torch.cat(scores).cpu()
+
+    return reward
+
+
+def autocast(args: Args, device: torch.device):
+    """bfloat16 matrix products over float32 weights, or nothing in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The generator: vLLM on its own thread and device
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Weights:
+    """A snapshot of the policy: never changed once made, so the optimizer may go on while the generator reads it."""
+
+    version: int  # batches learned from so far
+    tensors: dict[str, Tensor] | None  # on CUDA: copies that vLLM's transfer engine sends
+    path: str  # on CPU: folder in shared memory with model.safetensors
+    probe_logprobs: list[float]  # the learner's log-probabilities of the probe's tokens under these weights
+
+
+@dataclass
+class Request:
+    """What the learner asks for: one response to each of these prompts, made with these weights."""
+
+    name: str
+    weights: Weights
+    prompts: list[list[int]]  # N rows of token ids (each prompt stands K times)
+    temperature: float
+    seeds: list[int]  # one a row: a response depends on its seed, not on what else runs
+
+
+@dataclass
+class Rollout:
+    """What the generator gives back. Row i of every list belongs to row i of the request."""
+
+    name: str
+    version: int  # of the weights that made it
+    prompts: list[list[int]]
+    responses: list[list[int]]  # token ids, EOS included if it was reached
+    logprobs: list[list[float]]  # of the response tokens under the policy that sampled them (the behaviour policy)
+    probe_error: float  # largest |generator - learner| log-probability of the probe: were these the right weights?
+    load_seconds: float  # to load the weights (0 if they were there)
+    generate_seconds: float
+
+
+class Generator(threading.Thread):
+    """Owns the vLLM engine. Takes requests and gives rollouts in the same order, through two queues.
+
+    The engine's core is a child process, so this thread only waits on a socket and the learner keeps the GIL.
+    """
+
+    def __init__(self, args: Args, plan: "DevicePlan", weights: Weights, probe: list[int], eos_id: int, trace: "Trace"):
+        super().__init__(name="generator", daemon=True)
+        self.args, self.plan, self.weights, self.probe, self.eos_id, self.trace = args, plan, weights, probe, eos_id, trace
+        self.requests: queue.Queue[Request | None] = queue.Queue()
+        self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
+        self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
+
+    # The learner's side -------------------------------------------------------------------------------------------
+    def submit(self, request: Request) -> None:
+        self.requests.put(request)
+
+    def receive(self, name: str) -> Rollout:
+        """Wait for the rollout of the request of that name. Raises what the generator raised, or TimeoutError."""
+        while name not in self.arrived:
+            try:
+                item = self.rollouts.get(timeout=self.args.timeout)
+            except queue.Empty:
+                raise TimeoutError(f"learner waited {self.args.timeout:.0f} s for rollout {name!r}: no answer") from None
+            if isinstance(item, BaseException):
+                raise RuntimeError(f"the generator failed: {type(item).__name__}: {item}") from item
+            self.arrived[item.name] = item
+        return self.arrived.pop(name)
+
+    def close(self) -> None:
+        self.requests.put(None)
+        self.join(timeout=60)
+
+    # The generator's side -----------------------------------------------------------------------------------------
+    def run(self) -> None:
+        llm = None
+        try:
+            llm, self.send_weights = start_engine(self.args, self.plan, self.weights)
+            while True:
+                with self.trace("generator", "wait"):
+                    request = self.requests.get()
+                if request is None:
+                    break
+                self.rollouts.put(self.generate(llm, request))
+        except BaseException as error:  # whatever it is, the learner must hear of it
+            self.rollouts.put(error)
+        finally:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+
+    def generate(self, llm, request: Request) -> Rollout:
+        from vllm import SamplingParams
+
+        start = time.perf_counter()
+        if self.weights is not request.weights:
+            with self.trace("generator", "load weights", version=request.weights.version):
+                self.send_weights(llm, request.weights)
+            shutil.rmtree(self.weights.path, ignore_errors=True)
+            self.weights = request.weights
+        loaded = time.perf_counter()
+
+        # The probe rides along: a fixed sequence whose log-probabilities tell which weights the engine has.
+        prompts = [self.probe] + request.prompts
+        params = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)]
+        params += [
+            SamplingParams(
+                max_tokens=self.args.response_length,
+                temperature=request.temperature,
+                seed=seed,
+                logprobs=0,
+                stop_token_ids=[self.eos_id],
+                detokenize=False,
+            )
+            for seed in request.seeds
+        ]
+        with self.trace("generator", "generate", name=request.name, version=request.weights.version):
+            # The engine sees all requests before its first step: batches, and so rounding, never depend on timing.
+            llm.sleep(level=0, mode="keep")
+            llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            llm.wake_up(tags=["scheduling"])
+            outputs = llm.wait_for_completion(use_tqdm=False)  # in the order of the requests
+        if [list(o.prompt_token_ids) for o in outputs] != prompts:
+            raise RuntimeError(f"vLLM returned other prompts than those of {request.name}")
+
+        probe = [next(iter(p.values())).logprob for p in outputs[0].prompt_logprobs[1:]]
+        samples = [output.outputs[0] for output in outputs[1:]]
+        return Rollout(
+            name=request.name,
+            version=self.weights.version,
+            prompts=request.prompts,
+            responses=[list(s.token_ids) for s in samples],
+            logprobs=[[step[token].logprob for step, token in zip(s.logprobs, s.token_ids)] for s in samples],
+            probe_error=float(np.abs(np.subtract(probe, request.weights.probe_logprobs)).max()),
+            load_seconds=loaded - start,
+            generate_seconds=time.perf_counter() - loaded,
+        )
+
+
+def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
+    """Start vLLM on the generator's device. Returns (llm, send_weights): send_weights(llm, weights) loads a snapshot."""
+    os.environ.update(plan.engine_env)
+    os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
+    from vllm import LLM
+
+    options = {}
+    if plan.transfer != "reload":
+        from vllm.config import WeightTransferConfig
+
+        options = {
+            "weight_transfer_config": WeightTransferConfig(backend=plan.transfer),
+            "gpu_memory_utilization": args.gpu_memory_utilization,
+        }
+    llm = LLM(
+        model=weights.path,
+        dtype=args.dtype,
+        seed=args.seed,
+        max_model_len=args.prompt_length + args.response_length + 1,
+        enable_prefix_caching=False,  # cached keys and values would be those of older weights
+        logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
+        distributed_executor_backend="uni",
+        enforce_eager=plan.transfer == "reload",
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+        skip_tokenizer_init=True,
+        **options,
+    )
+    if plan.transfer == "reload":
+        return llm, lambda llm, weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
+    return llm, cuda_sender(llm, plan)
+
+
+def cuda_sender(llm, plan: "DevicePlan") -> Callable:
+    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL between two GPUs."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    client = types.SimpleNamespace(  # vLLM has such a client for HTTP and for Ray; this one is for an LLM beside us
+        init_weight_transfer_engine=lambda info: llm.init_weight_transfer_engine({"init_info": info}),
+        start_weight_update=llm.start_weight_update,
+        update_weights=lambda info: llm.update_weights({"update_info": info}),
+        finish_weight_update=llm.finish_weight_update,
+    )
+    snapshot = types.SimpleNamespace(named_parameters=dict)
+    if plan.transfer == "ipc":
+        info = IPCTrainerInitInfo(rank=0)
+    else:
+        info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=free_port(), world_size=2, rank=0)
+    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
+
+    def send_weights(llm, weights: Weights) -> None:
+        snapshot.named_parameters = weights.tensors.items
+        engine.send_weights()
+
+    return send_weights
+
+
+@torch.no_grad()
+def snapshot_weights(policy, version: int, probe: Tensor, args: Args, folder: str) -> Weights:
+    """Copy the policy's weights, in the generator's type, to where the generator can take them at any later time.
+
+    probe (1, L): the token ids whose log-probabilities go along as proof of the version. A tied output layer is sent
+    as a tensor of its own: vLLM's CPU backend keeps a packed copy of it, which would not follow the embedding.
+    """
+    length, mask = torch.ones(1, dtype=torch.long, device=probe.device), torch.ones_like(probe[:, 1:], dtype=torch.bool)
+    with autocast(args, probe.device):
+        logprobs = response_logprobs(policy, probe, length, mask, temperature=1.0)[0].tolist()
+    tensors = dict(policy.named_parameters())
+    output = policy.get_output_embeddings()
+    tensors[next(name for name, module in policy.named_modules() if module is output) + ".weight"] = output.weight
+    tensors = {name: p.detach().to(getattr(torch, args.dtype), copy=True) for name, p in tensors.items()}
+    path = os.path.join(folder, f"version-{version:06d}")
+    if version == 0 or not probe.is_cuda:  # the engine starts from this folder; on the CPU it reads each version so
+        config = copy.deepcopy(policy.config)
+        config.tie_word_embeddings = False
+        config.save_pretrained(path)
+        save_file(tensors, os.path.join(path, "model.safetensors"))
+    if probe.is_cuda:
+        torch.cuda.synchronize()  # the generator's thread uses another stream
+    return Weights(version, tensors if probe.is_cuda else None, path, logprobs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The algorithm: Online DPO
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """The learner's share of a rollout, with what is needed to learn from it."""
+
+    input_ids: Tensor  # (N, L) query, response, right padding
+    query_lengths: Tensor  # (N,)
+    mask: Tensor  # (N, R) true at response tokens
+    logprobs: Tensor  # (N, R) of the behaviour policy
+    scores: Tensor  # (N,) after the EOS rule
+    chosen: Tensor  # (B,) row of the best sample of each prompt
+    rejected: Tensor  # (B,) row of the worst
+    ref_logprobs: Tensor  # (N, R) of the reference; filled at chosen and rejected rows only
+
+
+def choose_pairs(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
+    """Rows (B,) and (B,) of the best and the worst of each prompt's K samples; scores (N,), prompt-major.
+
+    Where all K are equal both are the same row, whose loss has no gradient.
+    """
+    by_prompt = scores.view(-1, samples_per_prompt)  # (B, K)
+    first = torch.arange(len(by_prompt)) * samples_per_prompt
+    return first + by_prompt.argmax(1), first + by_prompt.argmin(1)
+
+
+def loss_fn(
+    chosen_logprobs: Tensor, rejected_logprobs: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss per pair, from log-probabilities summed over the response, all (b,).
+
+    margin h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)
+    dpo        -log sigmoid(beta h)         Rafailov et al., arXiv 2305.18290, eq. 7
+    ipo        (h - 1/(2 beta))^2           Azar et al., arXiv 2310.12036, eq. 17
+    best_of_k  -log pi(chosen)              supervised fine-tuning on the best of K
+    Returns the losses (b,) and metrics (b,).
+    """
+    chosen, rejected = chosen_logprobs - ref_chosen, rejected_logprobs - ref_rejected
+    margin = chosen - rejected
+    if args.loss == "dpo":
+        losses = -F.logsigmoid(args.beta * margin)
+    elif args.loss == "ipo":
+        losses = (margin - 1 / (2 * args.beta)) ** 2
+    else:
+        losses = -chosen_logprobs
+    metrics = {
+        "loss": losses,
+        "kl": (chosen + rejected) / 2,
+        "margin": margin,
+        "accuracy": (margin > 0).float(),
+    }
+    return losses, {k: v.detach() for k, v in metrics.items()}
+
+
+@torch.no_grad()
+def make_batch(rollout: Rollout, columns: dict, reward, reference, tokenizer, args: Args, device) -> Batch:
+    """Label a rollout: score it, apply the EOS rule, choose the pairs, run the reference over them."""
+    scores = reward(rollout.prompts, rollout.responses, columns)  # (N,)
+    ended = torch.tensor([r[-1:] == [tokenizer.eos_token_id] for r in rollout.responses])
+    scores = torch.where(ended, scores, args.missing_eos_score)
+    if not scores.isfinite().all():
+        raise ValueError(f"the reward {args.reward!r} gave a score that is not finite in {rollout.name}")
+    chosen, rejected = choose_pairs(scores, args.samples_per_prompt)
+    batch = Batch(
+        input_ids=pad([q + r for q, r in zip(rollout.prompts, rollout.responses)], tokenizer.pad_token_id).to(device),
+        query_lengths=torch.tensor([len(q) for q in rollout.prompts], device=device),
+        mask=pad([[True] * len(r) for r in rollout.responses], False).to(device),
+        logprobs=pad(rollout.logprobs, 0.0).to(device),
+        scores=scores,
+        chosen=chosen,
+        rejected=rejected,
+        ref_logprobs=torch.zeros(len(scores), max(map(len, rollout.responses)), device=device),
+    )
+    for rows in torch.cat([chosen, rejected]).unique().split(args.micro_batch_size):
+        batch.ref_logprobs[rows] = batch_logprobs(reference, batch, rows, args)
+    return batch
+
+
+def batch_logprobs(model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
+    """Log-probabilities (n, R) of the responses in these rows of the batch."""
+    mask, lengths = batch.mask[rows], batch.query_lengths[rows]
+    longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
+    with autocast(args, mask.device):
+        return response_logprobs(model, batch.input_ids[rows, :longest], lengths, mask, args.temperature)
+
+
+def learn(policy, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
+    """T epochs of N mini-batches, an optimizer update each. Returns the metrics, means over all that was learned from."""
+    metrics = defaultdict(list)
+    updates = args.num_epochs * args.num_mini_batches
+    for u in range(updates):
+        start = t if args.lr_schedule == "per_batch" else t + u / updates
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 - start / args.num_batches)
+        mini = torch.arange(len(batch.chosen)).chunk(args.num_mini_batches)[u % args.num_mini_batches]
+        for micro in mini.split(max(1, args.micro_batch_size // 2)):
+            rows = torch.cat([batch.chosen[micro], batch.rejected[micro]])
+            logprobs = batch_logprobs(policy, batch, rows, args)  # (2b, R)
+            mask, ref_logprobs, behaviour = batch.mask[rows], batch.ref_logprobs[rows], batch.logprobs[rows]
+            pair, ref_pair = logprobs.sum(1).chunk(2), ref_logprobs.sum(1).chunk(2)
+            losses, micro_metrics = loss_fn(*pair, *ref_pair, args)
+            (losses.sum() / len(mini)).backward()
+            for name, values in micro_metrics.items():
+                metrics[name].append(values.mean().repeat(len(micro)))
+            logratio = ((logprobs - behaviour) * mask).detach()  # (2b, R): how far the learner has moved since
+            metrics["logratio"].append(masked_mean(logratio.abs(), mask).repeat(len(micro)))
+            metrics["logratio_max"].append(logratio.abs().max().repeat(len(micro)))
+        average_gradients(policy)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+        metrics["grad_norm"].append(norm.repeat(len(mini)))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    means = {name: torch.cat(values).mean().item() for name, values in metrics.items()}
+    means["logratio_max"] = torch.cat(metrics["logratio_max"]).max().item()
+    return means | {"learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
+    """Judge near-greedy responses to held-out prompts.
+
+    score      mean of the proxy reward, EOS rule applied
+    win_rate   share of prompts where gold(response) > gold(reference response); gold_score: mean of gold(response)
+    kl         mean over responses of the sum over tokens of log pi - log ref, at temperature 1
+    perplexity under the reference as the paper computes it: exp(NLL of the responses / all tokens, prompts included)
+    """
+    queries, responses = rollout.prompts, rollout.responses
+    ended = torch.tensor([r[-1:] == [tokenizer.eos_token_id] for r in responses])
+    scores = torch.where(ended, reward(queries, responses, columns), args.missing_eos_score)
+    metrics = {"score": scores.mean().item(), "ended": ended.float().mean().item()}
+    if gold is not None:
+        human = [ids + [tokenizer.eos_token_id] for ids in tokenizer(columns[args.reference_column]).input_ids]
+        gold_scores = gold(queries, responses, columns)
+        metrics["win_rate"] = (gold_scores > gold(queries, human, columns)).float().mean().item()
+        metrics["gold_score"] = gold_scores.mean().item()
+    kl, ref_nll, tokens = 0.0, 0.0, 0
+    for i in range(0, len(queries), args.micro_batch_size):
+        q, r = queries[i : i + args.micro_batch_size], responses[i : i + args.micro_batch_size]
+        rows = [a + b for a, b in zip(q, r)]
+        input_ids = pad(rows, tokenizer.pad_token_id).to(device)
+        lengths, mask = torch.tensor(list(map(len, q)), device=device), pad([[True] * len(x) for x in r], False).to(device)
+        with autocast(args, device):
+            logprobs = response_logprobs(policy, input_ids, lengths, mask, 1.0)
+            ref_logprobs = response_logprobs(reference, input_ids, lengths, mask, 1.0)
+        kl += (logprobs - ref_logprobs).sum().item()
+        ref_nll -= ref_logprobs.sum().item()
+        tokens += sum(map(len, rows))
+    metrics["kl"] = kl / len(queries)
+    metrics["perplexity"] = float(np.exp(ref_nll / tokens))
+    return metrics | {"response_length": float(np.mean([len(r) for r in responses]))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The run
+# ---------------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    check_args(args)
+    plan = device_plan()
+    rank, world, device = start_learner(args, plan)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    train_data, eval_data = (load_prompts(args, split, tokenizer) for split in (args.train_split, args.eval_split))
+    check_data(args, train_data, eval_data, tokenizer)
+    eval_columns = eval_data[: args.eval_prompts]
+    run = Run(args) if rank == 0 else None
+    trace = run.trace if run else Trace()
+
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()  # eval: no dropout
+    if rank == 0:  # the engine starts from version 0, while the learner goes on loading
+        probe = train_data[0]["input_ids"] + tokenizer(train_data[0][args.reference_column]).input_ids
+        probe = torch.tensor([probe[: args.prompt_length]], device=device)  # (1, L)
+        weights = snapshot_weights(policy, 0, probe, args, run.shared_folder)
+        generator = Generator(args, plan, weights, probe[0].tolist(), tokenizer.eos_token_id, trace)
+        generator.start()
+    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    reference.requires_grad_(False)
+    reward = make_reward(args.reward, tokenizer, args, device)
+    gold = make_reward(args.gold, tokenizer, args, device) if args.gold else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+
+    def submit(t: int, weights: Weights) -> None:
+        """Ask for batch t: K responses to each of its B prompts, made with these weights."""
+        if t < args.num_batches:
+            prompts = train_data[prompt_rows(args, len(train_data), t)]["input_ids"]
+            prompts = [p for p in prompts for _ in range(args.samples_per_prompt)]  # prompt-major, N rows
+            seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(prompts)).tolist()
+            generator.submit(Request(f"batch-{t}", weights, prompts, args.temperature, seeds))
+
+    try:
+        for t in range(args.num_batches + 1):
+            # 1. Submit: batch t + S goes out with version t. The first S batches have only version 0 to be made by.
+            if rank == 0:
+                if t > 0:
+                    with trace("learner", "snapshot", version=t):
+                        weights = snapshot_weights(policy, t, probe, args, run.shared_folder)
+                due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
+                if due:
+                    prompts = eval_columns["input_ids"]
+                    generator.submit(Request(f"eval-{t}", weights, prompts, 0.01, [args.seed] * len(prompts)))
+                for ahead in range(args.max_staleness + 1) if t == 0 else [args.max_staleness]:
+                    submit(t + ahead, weights)
+                if due:  # training waits: the policy judged is the policy that generated
+                    with trace("learner", "evaluate", version=t):
+                        rollout = generator.receive(f"eval-{t}")
+                        models = (policy, reference, reward, gold)
+                        run.log_eval(t, evaluate(rollout, eval_columns, *models, tokenizer, args, device), rollout, tokenizer)
+            if t == args.num_batches:
+                break
+
+            # 2. Receive batch t, which the generator made while the learner trained.
+            rollout = None
+            if rank == 0:
+                with trace("learner", "wait", step=t):
+                    rollout = generator.receive(f"batch-{t}")
+                check_rollout(rollout, t, args)
+            rollout, rows = share_rollout(rollout, prompt_rows(args, len(train_data), t), args)
+            columns = train_data[[row for row in rows for _ in range(args.samples_per_prompt)]]
+
+            # 3.-5. Label it, and learn from it.
+            with trace("learner", "label", step=t):
+                batch = make_batch(rollout, columns, reward, reference, tokenizer, args, device)
+            with trace("learner", "learn", step=t):
+                metrics = learn(policy, optimizer, batch, t, args)
+            if rank == 0:
+                run.log_step(t, rollout, batch, metrics)
+        if rank == 0:
+            policy.save_pretrained(run.policy_folder)
+            tokenizer.save_pretrained(run.policy_folder)
+            run.finish()
+    finally:
+        if rank == 0:
+            generator.close()
+            run.close()
+        if world > 1:
+            dist.destroy_process_group()
+
+
+# =====================================================================================================================
+# Plumbing: the same in every script, and not needed to understand the algorithm
+# =====================================================================================================================
+@dataclass
+class DevicePlan:
+    """Who runs where."""
+
+    device: torch.device  # of this learner process
+    learner_cores: set[int]
+    generator_cores: set[int]
+    engine_env: dict[str, str]  # environment variables of the vLLM process
+    transfer: Literal["reload", "ipc", "nccl"]  # how weights reach vLLM
+
+
+def device_plan() -> DevicePlan:
+    """CPU: half of the cores learn, the others generate. One GPU is shared. Of several GPUs the last one generates."""
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    cores = sorted(os.sched_getaffinity(0))
+    if torch.cuda.is_available():
+        gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+        if gpus > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpus - 1)
+        return DevicePlan(torch.device("cuda", local_rank), set(cores), set(cores), env, "nccl" if gpus > 1 else "ipc")
+    # Two pools of OpenMP threads on the same cores spin against each other: keep them apart.
+    learner, generator = set(cores[: len(cores) // 2] or cores), set(cores[len(cores) // 2 :])
+    env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(generator)))
+    env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    return DevicePlan(torch.device("cpu"), learner, generator, env, "reload")
+
+
+def start_learner(args: Args, plan: DevicePlan) -> tuple[int, int, torch.device]:
+    """Seed, pin the cores and join the process group of torchrun, if any. Returns (rank, world size, device)."""
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # before vLLM has read VLLM_LOGGING_LEVEL
+    torch.manual_seed(args.seed)
+    if plan.device.type == "cpu":
+        os.sched_setaffinity(0, plan.learner_cores)
+        torch.set_num_threads(len(plan.learner_cores))
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.cuda.set_device(plan.device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world, plan.device
+
+
+def share_rollout(rollout: Rollout | None, rows: list[int], args: Args) -> tuple[Rollout, list[int]]:
+    """Give every learner its share: prompts rank, rank + world, ... with their K responses, and their row numbers."""
+    if not dist.is_initialized():
+        return rollout, rows
+    box = [rollout]
+    dist.broadcast_object_list(box, src=0)
+    rank, world, k = dist.get_rank(), dist.get_world_size(), args.samples_per_prompt
+    mine = [p * k + i for p in range(rank, len(rows), world) for i in range(k)]
+    share = {name: [getattr(box[0], name)[i] for i in mine] for name in ("prompts", "responses", "logprobs")}
+    return replace(box[0], **share), rows[rank::world]
+
+
+def average_gradients(policy) -> None:
+    """Mean of the gradients over the learners; each has the same number of pairs."""
+    if dist.is_initialized():
+        for parameter in policy.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def is_function(spec: str) -> bool:
+    """Whether a reward is named as module:function, not as a model."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec) is not None
+
+
+def stop(message: str):
+    """End the run because of bad input: one line that says what is wrong and how to mend it."""
+    raise SystemExit(f"{os.path.basename(__file__)}: {message}")
+
+
+def check_args(args: Args) -> None:
+    """Refuse wrong flags and missing files before any model loads."""
+    for name in ("total_episodes", "batch_size", "micro_batch_size", "num_mini_batches", "num_epochs", "prompt_length",
+                 "response_length", "temperature", "learning_rate", "max_grad_norm", "timeout", "eval_prompts"):  # fmt: skip
+        if not getattr(args, name) > 0:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
+    for name in ("max_staleness", "eval_every"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be 0 or more")
+    if args.samples_per_prompt < 2:
+        stop(f"--samples-per-prompt is {args.samples_per_prompt}: it must be 2 or more, to compare samples of a prompt")
+    learners = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % (args.samples_per_prompt * learners):
+        unit = args.samples_per_prompt * learners
+        stop(f"--batch-size {args.batch_size} does not divide into {learners} learner(s) x {args.samples_per_prompt} samples "
+             f"per prompt: take a multiple of {unit}, such as {max(1, args.batch_size // unit) * unit}")  # fmt: skip
+    if args.num_batches == 0:
+        stop(f"--total-episodes {args.total_episodes} is less than one generated batch of "
+             f"{args.batch_size * args.num_mini_batches} completions: raise it to that or more")  # fmt: skip
+    for flag in ("model", "reward", "gold", "dataset"):
+        value = getattr(args, flag)
+        if value.startswith("tasks/") and not os.path.exists(value):
+            task = value.split("/")[1]
+            stop(f"--{flag} {value} does not exist yet: run `python -m benchmark.tasks.{task.replace('-', '_')}` first")
+    for flag in ("reward", "gold"):
+        value = getattr(args, flag)
+        if is_function(value):
+            module, name = value.split(":")
+            sys.path.insert(0, os.getcwd())
+            try:
+                if not callable(getattr(importlib.import_module(module), name, None)):
+                    stop(f"--{flag} {value}: module {module} has no function {name}")
+            except ImportError as error:
+                stop(f"--{flag} {value} does not import: {error}")
+    if args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+        stop(f"--output-dir {args.output_dir} is not empty: name a new folder")
+    if torch.cuda.device_count() > 1 and learners >= torch.cuda.device_count():
+        stop(f"{learners} learners on {torch.cuda.device_count()} GPUs: vLLM needs one, so start one learner less")
+
+
+def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> None:
+    """Refuse a data set or a tokenizer that the run cannot use."""
+    for split, data in ((args.train_split, train), (args.eval_split, evaluation)):
+        if len(data) == 0:
+            stop(f"split {split} of {args.dataset} has no prompt of at most --prompt-length {args.prompt_length} tokens")
+    if len(train) < args.num_prompts:
+        stop(f"{len(train)} prompts are fewer than the {args.num_prompts} of one batch: lower --batch-size")
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        stop(f"the tokenizer of {args.model} needs an EOS token and another pad token; it has eos "
+             f"{tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")  # fmt: skip
+    for flag in ("reward", "gold"):
+        value = getattr(args, flag)
+        if value and not is_function(value):
+            if AutoTokenizer.from_pretrained(value).get_vocab() != tokenizer.get_vocab():
+                stop(f"--{flag} {value} has another vocabulary than the policy: it must read the policy's tokens")
+            if AutoConfig.from_pretrained(value).pad_token_id != tokenizer.pad_token_id:
+                stop(f"--{flag} {value}: set pad_token_id in its config.json to the tokenizer's, {tokenizer.pad_token_id}")
+
+
+def check_rollout(rollout: Rollout, t: int, args: Args) -> None:
+    """Which weights made this batch? Those of version max(0, t - S): by its label, and by the probe's log-probabilities."""
+    expected = max(0, t - args.max_staleness)
+    if rollout.version != expected:
+        raise RuntimeError(f"batch {t} was made by version {rollout.version}, not {expected}")
+    limit = 1e-3 if args.dtype == "float32" else 0.5
+    if not rollout.probe_error <= limit:
+        raise RuntimeError(f"batch {t}: generator and learner differ by {rollout.probe_error:.4f} in a log-probability of "
+                           f"version {expected} (limit {limit}): the generator has other weights")  # fmt: skip
+
+
+class Trace:
+    """Who did what when: `with trace(track, name, **details)`. Times are seconds since the trace was made."""
+
+    def __init__(self):
+        self.start, self.events = time.perf_counter(), []
+
+    @contextlib.contextmanager
+    def __call__(self, track: str, what: str, **details):
+        begin = time.perf_counter() - self.start
+        try:
+            yield
+        finally:
+            self.events.append((track, what, begin, time.perf_counter() - self.start - begin, details))
+
+    def save(self, path: str) -> None:
+        """In the format that chrome://tracing and Perfetto open (microseconds)."""
+        tracks = {"generator": 1, "learner": 2}
+        events = [{"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in tracks.items()]
+        for track, name, begin, seconds, details in self.events:
+            event = {"ph": "X", "pid": 1, "tid": tracks[track], "name": name, "ts": begin * 1e6, "dur": seconds * 1e6}
+            events.append(event | {"args": details})
+        with open(path, "w") as f:
+            json.dump({"traceEvents": events}, f)
+
+    def seconds(self, track: str, name: str, step: int) -> float:
+        """Total time of the learner's events of that name in that step."""
+        return sum(e[3] for e in self.events if e[:2] == (track, name) and step in (e[4].get("step"), e[4].get("version")))
+
+    def picture(self, seconds: float, width: int = 100) -> str:
+        """The last seconds as two lines of text, a letter for what took most of each moment."""
+        end = max((e[2] + e[3] for e in self.events), default=0.0)
+        lines = []
+        for track in ("generator", "learner"):
+            line = ["."] * width
+            for _, name, begin, length, _ in (e for e in self.events if e[0] == track and e[1] != "wait"):
+                first = int((begin - end + seconds) / seconds * width)
+                last = int((begin + length - end + seconds) / seconds * width)
+                letter = {"generate": "G", "load weights": "w", "label": "r", "learn": "L", "evaluate": "E"}.get(name, "s")
+                line[max(0, first) : max(0, last)] = letter * (min(width, last) - max(0, first))
+            lines.append(f"{track:>9} |{''.join(line[:width])}|")
+        return "\n".join(lines)
+
+
+class Run:
+    """The files of a run: config.json, metrics.jsonl, trace.json, samples.jsonl and summary.json; progress bar; W&B."""
+
+    def __init__(self, args: Args):
+        self.args, self.trace = args, Trace()
+        script = os.path.splitext(os.path.basename(__file__))[0]
+        task = os.path.basename(os.path.dirname(os.path.abspath(args.dataset)))
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.folder = args.output_dir or os.path.join("runs", f"{script}-{task}-S{args.max_staleness}-seed{args.seed}-{stamp}")
+        self.policy_folder = os.path.join(self.folder, "policy")
+        os.makedirs(self.folder, exist_ok=True)
+        self.shared_folder = tempfile.mkdtemp(prefix="async-rlhf-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.metrics = open(os.path.join(self.folder, "metrics.jsonl"), "w")
+        self.samples = open(os.path.join(self.folder, "samples.jsonl"), "w")
+        self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True)
+        self.steps, self.evals, self.last = [], [], None
+        self.config = {
+            "args": asdict(args),
+            "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
+            "commit": git_commit(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "vllm", "datasets")},
+            "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()},
+        }
+        self.write("config.json", self.config)
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="async-rlhf", name=os.path.basename(self.folder), config=self.config, dir=self.folder)
+
+    def write(self, name: str, content: dict) -> None:
+        with open(os.path.join(self.folder, name), "w") as f:
+            json.dump(content, f, indent=2)
+
+    def log(self, record: dict) -> None:
+        print(json.dumps(record), file=self.metrics, flush=True)
+        if self.wandb:
+            self.wandb.log(record, step=record["version"])
+
+    def log_step(self, t: int, rollout: Rollout, batch: Batch, metrics: dict) -> None:
+        """One line for batch t. Everything but time/... is the same in every run with the same seed."""
+        now, args = time.perf_counter(), self.args
+        times = {name: self.trace.seconds("learner", name, t) for name in ("snapshot", "wait", "label", "learn", "evaluate")}
+        times |= {"load": rollout.load_seconds, "generate": rollout.generate_seconds}
+        times["step"] = now - self.last if self.last else float("nan")
+        self.last = now
+        record = {
+            "step": t,
+            "version": t + 1,
+            "episodes": (t + 1) * args.batch_size * args.num_mini_batches,
+            "prompts": (t + 1) * args.num_prompts,
+            "lag": t - rollout.version,
+            "score": batch.scores.mean().item(),
+            "score_gap": (batch.scores[batch.chosen] - batch.scores[batch.rejected]).mean().item(),
+            "response_length": batch.mask.sum(1).float().mean().item(),
+            "probe_error": rollout.probe_error,
+            **metrics,
+            **{f"time/{name}": seconds for name, seconds in times.items()},
+        }
+        self.log(record)
+        self.steps.append(record)
+        waits = "learner waits" if times["wait"] > 0.05 * times["learn"] else "generator waits"
+        shown = {"reward": f"{record['score']:.2f}", "kl": f"{record['kl']:.2f}", "lag": record["lag"]}
+        if self.evals and "win_rate" in self.evals[-1]:
+            shown["win"] = f"{self.evals[-1]['win_rate']:.0%}"
+        self.bar.set_postfix(shown | {"": waits}, refresh=False)
+        self.bar.update()
+
+    def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
+        self.evals.append({"version": t} | metrics)
+        self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
+        for query, response in list(zip(rollout.prompts, rollout.responses))[:8]:
+            record = {"version": t, "query": tokenizer.decode(query), "response": tokenizer.decode(response)}
+            print(json.dumps(record), file=self.samples, flush=True)
+        self.last = None  # the step after an evaluation is not timed
+
+    def finish(self) -> None:
+        """Write the trace and the summary, and print the summary as a table."""
+        self.bar.close()
+        self.trace.save(os.path.join(self.folder, "trace.json"))
+        timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] == s["time/step"]]
+        median = {n: float(np.median([s[f"time/{n}"] for s in timed])) if timed else float("nan")
+                  for n in ("generate", "load", "snapshot", "label", "learn", "wait", "step")}  # fmt: skip
+        g, learner = median["generate"] + median["load"], median["snapshot"] + median["label"] + median["learn"]
+        ideal = max(g, learner) if self.args.max_staleness else g + learner
+        summary = {
+            "evals": self.evals,
+            "timed_steps": len(timed),
+            "seconds": median,
+            "generation": g,
+            "learning": learner,
+            "generator_wait": median["step"] - g,
+            "step": median["step"],
+            "ideal_step": ideal,
+            "overlap": ideal / median["step"],
+            "speedup_predicted": (g + learner) / ideal,
+            "speedup_measured": (g + learner) / median["step"],
+        }
+        self.write("summary.json", summary)
+        print("\nWho waited for whom (medians of "
+              f"{len(timed)} steps without evaluation, seconds; G, w: generate, load weights; s, r, L: snapshot, label, learn)")  # fmt: skip
+        print(self.trace_picture())
+        rows = [
+            ("generation G (weights in)", f"{g:.2f} ({median['load']:.2f})"),
+            ("learning L (snapshot, label, learn)",
+             f"{learner:.2f} ({median['snapshot']:.2f}, {median['label']:.2f}, {median['learn']:.2f})"),  # fmt: skip
+            ("generator waited", f"{summary['generator_wait']:.2f}"),
+            ("learner waited", f"{median['wait']:.2f}"),
+            ("step, measured", f"{median['step']:.2f}"),
+            ("step, ideal " + ("max(G, L)" if self.args.max_staleness else "G + L"), f"{ideal:.2f}"),
+            ("speed-up over G + L, ideal", f"{summary['speedup_predicted']:.2f}"),
+            ("speed-up over G + L, measured", f"{summary['speedup_measured']:.2f}"),
+        ]
+        print("\n".join(f"  {name:<38}{value}" for name, value in rows))
+        for when, record in (("first", self.evals[0]), ("last", self.evals[-1])) if self.evals else ():
+            values = ", ".join(f"{k} {v:.3f}" for k, v in record.items() if k != "version")
+            print(f"  {when} evaluation (version {record['version']}): {values}")
+        print(f"  files: {self.folder}")
+
+    def trace_picture(self) -> str:
+        steps = [s["time/step"] for s in self.steps if s["time/step"] == s["time/step"]]
+        return self.trace.picture(4 * float(np.median(steps)) if steps else 10.0)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.metrics.close()
+        self.samples.close()
+        shutil.rmtree(self.shared_folder, ignore_errors=True)
+        if self.wandb:
+            self.wandb.finish()
+
+
+def git_commit() -> str:
+    """The commit of the script's repository, marked if files differ from it; unknown outside of one."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def version(package: str) -> str:
+    """Installed version of a package; vLLM's CPU build has another name."""
+    with contextlib.suppress(PackageNotFoundError):
+        return package_version(package)
+    with contextlib.suppress(PackageNotFoundError):
+        return package_version(package + "-cpu") + " (cpu build)"
+    return "not installed"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

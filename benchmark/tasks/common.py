@@ -1,0 +1,256 @@
+"""What the task scripts share: tokenizers, small Llamas, SFT, a reward model, sampling, and a cache of stages."""
+
+import dataclasses
+import importlib.metadata
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = ["<pad>", "<eos>", "<unk>"]
+
+
+class Preparation:
+    """The folder of one task. Each stage is built in STAGE.tmp and renamed when complete, so a rerun continues."""
+
+    def __init__(self, name, args):
+        self.folder = Path("tasks") / name
+        self.args = json.loads(json.dumps(dataclasses.asdict(args)))
+        self.info = {"args": self.args, "seconds": {}, "numbers": {}}
+        path = next((p for p in (self.folder / "info.json", self.folder / "progress.json") if p.exists()), None)
+        old = json.loads(path.read_text()) if path else None
+        self.done = bool(old) and path.name == "info.json" and old["args"] == self.args
+        if self.done:
+            print(f"{self.folder} is ready (same arguments); delete it to prepare it again")
+        elif old and self._how(old["args"]) == self._how(self.args):
+            self.info = {**old, "args": self.args}
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def _how(args):
+        """Lists (sizes) say what to prepare and may grow; all other arguments say how, and must not change."""
+        return {key: value for key, value in args.items() if not isinstance(value, list)}
+
+    def stage(self, name, build):
+        """Call build(folder) -> dict of numbers to record, unless the stage's folder is already there."""
+        if (self.folder / name).exists():
+            return
+        print(f"[{name}]", flush=True)
+        tmp = self.folder / f"{name}.tmp"
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+        start = time.time()
+        self.info["numbers"][name] = build(tmp)
+        self.info["seconds"][name] = round(time.time() - start, 1)
+        self._write("progress.json")
+        tmp.rename(self.folder / name)
+        print(f"[{name}] {self.info['seconds'][name]} s {self.info['numbers'][name]}", flush=True)
+
+    def finish(self):
+        """Write info.json, which marks the task as complete."""
+        packages = ["torch", "transformers", "tokenizers", "datasets"]
+        self.info["versions"] = {"python": sys.version.split()[0]}
+        self.info["versions"] |= {package: importlib.metadata.version(package) for package in packages}
+        self.info["threads"] = torch.get_num_threads()
+        self.info["command"] = " ".join(sys.orig_argv)
+        self._write("info.json")
+        (self.folder / "progress.json").unlink(missing_ok=True)
+
+    def _write(self, name):
+        tmp = self.folder / f"{name}.tmp"
+        tmp.write_text(json.dumps(self.info, indent=2) + "\n")
+        tmp.rename(self.folder / name)
+
+
+def set_seed(seed):
+    """Seed python and torch; every stage calls this itself, so a stage does not depend on those before it."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _wrap(tokenizer):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def word_tokenizer(words):
+    """One token per whitespace-separated word; decoding joins words with single spaces."""
+    vocab = {word: i for i, word in enumerate(SPECIAL + sorted(set(words)))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _wrap(tokenizer)
+
+
+def char_tokenizer(chars):
+    """One token per character, spaces and newlines included."""
+    vocab = {char: i for i, char in enumerate(SPECIAL + sorted(set(chars)))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _wrap(tokenizer)
+
+
+def small_llama(tokenizer, hidden, layers, intermediate, head_dim=32, max_positions=256):
+    """An untrained float32 Llama; hidden must be a multiple of head_dim (vLLM wants 32, 64, ...)."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // head_dim,
+        head_dim=head_dim,
+        intermediate_size=intermediate,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pad(sequences, value, left=False):
+    """Lists of ids -> (ids, attention mask), both (B, longest)."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), value)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, where] = torch.tensor(sequence)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def schedule(optimizer, steps, warmup=20):
+    """Linear warm-up, then cosine decay to zero."""
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup))
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [warmup])
+
+
+def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50):
+    """Next-token loss on response tokens and EOS only, on random mini-batches; returns the mean of the last losses."""
+    prompt_ids = tokenizer(queries)["input_ids"]
+    response_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(responses)["input_ids"]]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    scheduler, losses, start = schedule(optimizer, steps), [], time.time()
+    order = []
+    model.train()
+    for step in range(1, steps + 1):
+        if len(order) < batch:
+            order = torch.randperm(len(queries)).tolist()
+        rows, order = order[:batch], order[batch:]
+        ids, mask = pad([prompt_ids[i] + response_ids[i] for i in rows], tokenizer.pad_token_id)
+        labels, _ = pad([[-100] * len(prompt_ids[i]) + response_ids[i] for i in rows], -100)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        if step % log_every == 0 or step == steps:
+            recent = sum(losses[-log_every:]) / len(losses[-log_every:])
+            print(f"  sft step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
+    model.eval()
+    return recent
+
+
+@torch.no_grad()
+def sample(model, tokenizer, queries, temperature, max_new_tokens, batch=256):
+    """One response per query, decoded without special tokens, and whether each one ended by itself."""
+    texts, ended = [], []
+    model.eval()
+    for start in range(0, len(queries), batch):
+        prompt_ids = tokenizer(queries[start : start + batch])["input_ids"]
+        ids, mask = pad(prompt_ids, tokenizer.pad_token_id, left=True)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+        )[:, ids.shape[1] :]
+        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
+        ended += (output == tokenizer.eos_token_id).any(1).tolist()
+    return texts, ended
+
+
+def rm_scores(model, tokenizer, queries, responses):
+    """Scores of query + response + EOS, (B,)."""
+    eos = [tokenizer.eos_token_id]
+    ids, mask = pad(
+        [q + r + eos for q, r in zip(tokenizer(queries)["input_ids"], tokenizer(responses)["input_ids"])],
+        tokenizer.pad_token_id,
+    )
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
+
+
+@torch.no_grad()
+def score(model, tokenizer, queries, responses, batch=256):
+    """rm_scores over a whole list, as a list of floats."""
+    parts = range(0, len(queries), batch)
+    return [
+        s for i in parts for s in rm_scores(model, tokenizer, queries[i : i + batch], responses[i : i + batch]).tolist()
+    ]
+
+
+def train_reward_model(sft_folder, tokenizer, queries, chosen, rejected, batch, lr, epochs=1, log_every=50):
+    """Pairwise logistic loss from the SFT body, then scaled so that scores have unit standard deviation."""
+    model = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=1, dtype=torch.float32)
+    steps = epochs * (len(queries) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    scheduler, losses, start = schedule(optimizer, steps), [], time.time()
+    order = []
+    model.train()
+    for step in range(1, steps + 1):
+        if len(order) < batch:
+            order = torch.randperm(len(queries)).tolist()
+        rows, order = order[:batch], order[batch:]
+        texts = [chosen[i] for i in rows] + [rejected[i] for i in rows]
+        better, worse = rm_scores(model, tokenizer, [queries[i] for i in rows] * 2, texts).chunk(2)
+        loss = -F.logsigmoid(better - worse).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        if step % log_every == 0 or step == steps:
+            recent = sum(losses[-log_every:]) / len(losses[-log_every:])
+            print(f"  rm step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
+    model.eval()
+    scores = torch.tensor(score(model, tokenizer, queries[:512] * 2, chosen[:512] + rejected[:512]))
+    model.score.weight.data /= scores.std()
+    return model
+
+
+def save(folder, model, tokenizer):
+    """Model and tokenizer in one folder; the end and padding tokens also in generation_config."""
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

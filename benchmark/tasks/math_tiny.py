@@ -1,0 +1,139 @@
+"""Task math-tiny: templated word problems after GSM8K (arXiv 2110.14168), with a reward that checks the answer.
+
+    Ann has 12 apples, buys 7 and loses 2. How many apples are left?  ->  " 12+7=19, 19-2=17\\n#### 17"
+
+A tenth of all (template, numbers) is held out, so no validation or development problem has a twin in training. The
+SFT policy is stopped half-way through learning on purpose (greedy accuracy of 30 to 50 %): the rest is left to RL.
+
+    python -m benchmark.tasks.math_tiny        # writes tasks/math-tiny/{data,sft}; about 2 minutes on 2 cores
+"""
+
+import hashlib
+import operator
+import random
+import re
+from dataclasses import dataclass
+
+import tyro
+from datasets import Dataset, DatasetDict
+
+from benchmark.tasks import common
+
+NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana"]
+ITEMS = ["apples", "books", "coins", "eggs", "nuts", "pens", "shells", "stamps"]
+# Text, and the chain of operations on {a}, {b}, ... that solves it, applied from left to right.
+TEMPLATES = [
+    ("{name} has {a} {item} and buys {b} more. How many {item} does {name} have?", "+"),
+    ("{name} has {a} {item} and gives {b} to {friend}. How many {item} are left?", "-"),
+    ("{name} packs {a} boxes with {b} {item} each. How many {item} is that?", "*"),
+    ("{name} has {a} {item}, buys {b} and loses {c}. How many {item} are left?", "+-"),
+    ("{name} had {a} {item}, lost {b} and found {c}. How many {item} does {name} have?", "-+"),
+    ("{name} buys {a} bags of {b} {item} and finds {c} more. How many {item} is that?", "*+"),
+    ("{name} buys {a} bags of {b} {item} and gives {c} to {friend}. How many {item} are left?", "*-"),
+    ("{name} puts {a} red and {b} blue {item} in each of {c} boxes. How many {item} is that?", "+*"),
+    ("{name} buys {a} bags of {b} {item}, finds {c} and loses {d}. How many {item} are left?", "*+-"),
+    ("{a} people are on a bus, {b} get off, {c} get on and {d} get off. How many people are on it?", "-+-"),
+]
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+TOKENS = r" ?[A-Za-z]+|[\s\S]"  # a word with the space before it, or one character: each digit is its own token
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    """seed of everything random"""
+    train: int = 16_384
+    """number of training problems"""
+    validation: int = 512
+    """number of held-out problems"""
+    stop_accuracy: float = 0.36
+    """SFT stops at the first check (every 25 updates) with at least this greedy accuracy on development problems"""
+
+
+def reward(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
+    """1.0 where the number after #### is that of `reference`, else 0.0."""
+    answers = [[re.search(r"#### (\d+)", text) for text in pair] for pair in zip(responses, columns["reference"])]
+    return [float(bool(given) and given[1] == wanted[1]) for given, wanted in answers]
+
+
+def problem(rng):
+    """One random problem: (query, reference, key), where the key is its (template, numbers)."""
+    index = rng.randrange(len(TEMPLATES))
+    text, operations = TEMPLATES[index]
+    while True:  # until every step's result is small and positive
+        small = [operations[0] == "*"] + [operation == "*" for operation in operations]
+        numbers = [rng.randint(2, 9 if s else 40) for s in small]
+        result, steps = numbers[0], []
+        for operation, number in zip(operations, numbers[1:]):
+            before, result = result, OPERATORS[operation](result, number)
+            steps.append(f"{before}{operation}{number}={result}")
+            if not 1 <= result <= 99:
+                break
+        else:
+            break
+    name, friend = rng.sample(NAMES, 2)
+    query = text.format(name=name, friend=friend, item=rng.choice(ITEMS), **dict(zip("abcd", numbers)))
+    return query, f" {', '.join(steps)}\n#### {result}", f"{index} {numbers}"
+
+
+def problems(split, size, seed):
+    """`size` problems of a split: of every 20 (template, numbers), 18 are train, 1 validation, 1 development."""
+    rng, rows = random.Random(f"{split} {seed}"), []
+    while len(rows) < size:
+        query, reference, key = problem(rng)
+        if {0: "validation", 1: "development"}.get(hashlib.sha256(key.encode()).digest()[0] % 20, "train") == split:
+            rows.append({"query": query, "reference": reference})
+    return Dataset.from_list(rows)
+
+
+def accuracy(model, tokenizer, data, temperature=0.01, samples=1):
+    """Share of problems that at least one of `samples` responses solves; temperature 0.01 is as good as greedy."""
+    best = [0.0] * len(data)
+    for _ in range(samples):
+        responses, _ = common.sample(model, tokenizer, data["query"], temperature, 48)
+        best = [max(b, r) for b, r in zip(best, reward(data["query"], responses, reference=data["reference"]))]
+    return sum(best) / len(best)
+
+
+def main(args: Args):
+    """Prepare the folder, stage by stage."""
+    task = common.Preparation("math-tiny", args)
+    if task.done:
+        return
+
+    def data(folder):
+        splits = {name: problems(name, getattr(args, name), args.seed) for name in ("train", "validation")}
+        DatasetDict(splits).save_to_disk(folder)
+        return {name: len(split) for name, split in splits.items()}
+
+    def sft(folder):
+        common.set_seed(args.seed)
+        train, validation = (Dataset.load_from_disk(task.folder / "data" / s) for s in ("train", "validation"))
+        development = problems("development", 256, args.seed)
+        tokenizer = common.split_tokenizer(train["query"] + train["reference"], TOKENS)
+        model = common.small_llama(tokenizer, hidden=128, layers=4, intermediate=384, max_positions=128)
+        checks = []
+
+        def stop():
+            checks.append(accuracy(model, tokenizer, development))
+            print(f"  greedy accuracy {checks[-1]:.3f} (development)", flush=True)
+            return checks[-1] >= args.stop_accuracy
+
+        common.sft(model, tokenizer, train["query"], train["reference"], 2000, 64, 1e-3, log_every=25, stop=stop)
+        common.save(folder, model, tokenizer)
+        return {
+            "updates": 25 * len(checks),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "greedy_accuracy": accuracy(model, tokenizer, validation),
+            "accuracy_temperature_0.7": accuracy(model, tokenizer, validation, 0.7),
+            "pass_at_4_temperature_0.7": accuracy(model, tokenizer, validation, 0.7, 4),
+            "pass_at_4_temperature_1.0": accuracy(model, tokenizer, validation, 1.0, 4),
+        }
+
+    task.stage("data", data)
+    task.stage("sft", sft)
+    task.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

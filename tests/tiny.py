@@ -1,0 +1,58 @@
+"""A task small enough for tests: random weights, random prompts, a rule as reward. `make(folder)` writes it."""
+
+import os
+
+import torch
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    """Number of w7 in the response, and a little for variety."""
+    return [r.split().count("w7") + 0.01 * len(set(r.split())) for r in responses]
+
+
+def short_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    """A wrong reward function: one score too few."""
+    return [0.0] * (len(responses) - 1)
+
+
+def make(folder: str) -> str:
+    """Write policy/, rm/ and data/ under folder; same bytes every time."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", "Q:", "A:", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+    shape = dict(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    for name, cls, extra in (("policy", LlamaForCausalLM, {}), ("rm", LlamaForSequenceClassification, {"num_labels": 1})):
+        cls(LlamaConfig(**shape, **extra)).save_pretrained(os.path.join(folder, name))
+        tokenizer.save_pretrained(os.path.join(folder, name))
+    generator = torch.Generator().manual_seed(0)
+
+    def text(low: int, high: int) -> str:
+        n = int(torch.randint(low, high, (1,), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator))
+
+    rows = [{"query": f"Q: {text(4, 12)} A:", "reference": f" {text(2, 8)}"} for _ in range(320)]
+    splits = {"train": Dataset.from_list(rows[:256]), "validation": Dataset.from_list(rows[256:])}
+    DatasetDict(splits).save_to_disk(os.path.join(folder, "data"))
+    return folder
