@@ -7,11 +7,12 @@ Five steps, for every batch t (arXiv 2410.18252; Online DPO: arXiv 2402.04792):
   3. label     a reward model or function scores the responses; best and worst of K are the pair of a prompt
   4. refer     the frozen starting policy (the reference) gives its log-probabilities of both
   5. learn     N mini-batches x T epochs of the DPO loss on the pairs; the weights are now version t+1
-Steps 2 and 3-5 run side by side. Batch t is always made by version max(0, t-S), whichever side is faster, so an
-asynchronous run is reproducible; S=0 is the synchronous algorithm. The pairs come from slightly old weights: that,
-and that they are labelled while training, is all that differs from textbook (offline, on-policy-free) DPO.
+Step 2 runs beside steps 3-5. Batch t is always made by version max(0, t-S), whichever side is faster, so an
+asynchronous run is reproducible; S=0 is the synchronous algorithm. Two things differ from textbook DPO: the pairs are
+sampled and labelled during training, and the weights that sampled them are up to S versions old.
 
-Shapes: B prompts a batch, K samples a prompt, N = B*K responses (rows), P prompt length, R response length, V vocabulary.
+Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses), P prompt length, R response length,
+L = P + R, V vocabulary, H hidden size; n and b are rows and pairs of a micro-batch.
 
     python async_online_dpo.py                                    # needs: python -m benchmark.tasks.tldr_tiny
     torchrun --nproc_per_node 3 async_online_dpo.py ...           # 4 GPUs: 3 learn, the last one generates
@@ -257,6 +258,7 @@ class Rollout:
     responses: list[list[int]]  # token ids, EOS included if it was reached
     logprobs: list[list[float]]  # of the response tokens under the policy that sampled them (the behaviour policy)
     probe_error: float  # largest |generator - learner| log-probability of the probe: were these the right weights?
+    wait_seconds: float  # the generator had nothing to do before this request
     load_seconds: float  # to load the weights (0 if they were there)
     generate_seconds: float
 
@@ -284,7 +286,8 @@ class Generator(threading.Thread):
             try:
                 item = self.rollouts.get(timeout=self.args.timeout)
             except queue.Empty:
-                raise TimeoutError(f"learner waited {self.args.timeout:.0f} s for rollout {name!r}: no answer") from None
+                message = f"the learner waited {self.args.timeout:.0f} s for {name} and the generator did not answer"
+                raise TimeoutError(message) from None
             if isinstance(item, BaseException):
                 raise RuntimeError(f"the generator failed: {type(item).__name__}: {item}") from item
             self.arrived[item.name] = item
@@ -299,19 +302,18 @@ class Generator(threading.Thread):
         llm = None
         try:
             llm, self.send_weights = start_engine(self.args, self.plan, self.weights)
-            while True:
-                with self.trace("generator", "wait"):
-                    request = self.requests.get()
-                if request is None:
-                    break
-                self.rollouts.put(self.generate(llm, request))
+            idle = time.perf_counter()
+            while (request := self.requests.get()) is not None:
+                waited = time.perf_counter() - idle
+                self.rollouts.put(self.generate(llm, request, waited))
+                idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
             self.rollouts.put(error)
         finally:
             if llm is not None:
                 llm.llm_engine.engine_core.shutdown()
 
-    def generate(self, llm, request: Request) -> Rollout:
+    def generate(self, llm, request: Request, waited: float) -> Rollout:
         from vllm import SamplingParams
 
         start = time.perf_counter()
@@ -336,7 +338,7 @@ class Generator(threading.Thread):
             )
             for seed in request.seeds
         ]
-        with self.trace("generator", "generate", name=request.name, version=request.weights.version):
+        with self.trace("generator", "generate", request=request.name, version=request.weights.version):
             # The engine sees all requests before its first step: batches, and so rounding, never depend on timing.
             llm.sleep(level=0, mode="keep")
             llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -354,13 +356,14 @@ class Generator(threading.Thread):
             responses=[list(s.token_ids) for s in samples],
             logprobs=[[step[token].logprob for step, token in zip(s.logprobs, s.token_ids)] for s in samples],
             probe_error=float(np.abs(np.subtract(probe, request.weights.probe_logprobs)).max()),
+            wait_seconds=waited,
             load_seconds=loaded - start,
             generate_seconds=time.perf_counter() - loaded,
         )
 
 
 def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
-    """Start vLLM on the generator's device. Returns (llm, send_weights): send_weights(llm, weights) loads a snapshot."""
+    """Start vLLM with these weights on its device. Returns (llm, send_weights): send_weights(llm, w) loads snapshot w."""
     os.environ.update(plan.engine_env)
     os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
     from vllm import LLM
@@ -532,7 +535,7 @@ def batch_logprobs(model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
 
 
 def learn(policy, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
-    """T epochs of N mini-batches, an optimizer update each. Returns the metrics, means over all that was learned from."""
+    """T epochs of N mini-batches, an optimizer update each. Returns metrics: means over all that was learned from."""
     metrics = defaultdict(list)
     updates = args.num_epochs * args.num_mini_batches
     for u in range(updates):
@@ -588,7 +591,8 @@ def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, t
         q, r = queries[i : i + args.micro_batch_size], responses[i : i + args.micro_batch_size]
         rows = [a + b for a, b in zip(q, r)]
         input_ids = pad(rows, tokenizer.pad_token_id).to(device)
-        lengths, mask = torch.tensor(list(map(len, q)), device=device), pad([[True] * len(x) for x in r], False).to(device)
+        lengths = torch.tensor([len(x) for x in q], device=device)
+        mask = pad([[True] * len(x) for x in r], False).to(device)
         with autocast(args, device):
             logprobs = response_logprobs(policy, input_ids, lengths, mask, 1.0)
             ref_logprobs = response_logprobs(reference, input_ids, lengths, mask, 1.0)
@@ -640,7 +644,7 @@ def main(args: Args) -> None:
             # 1. Submit: batch t + S goes out with version t. The first S batches have only version 0 to be made by.
             if rank == 0:
                 if t > 0:
-                    with trace("learner", "snapshot", version=t):
+                    with trace("learner", "snapshot", step=t):
                         weights = snapshot_weights(policy, t, probe, args, run.shared_folder)
                 due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
                 if due:
@@ -649,10 +653,10 @@ def main(args: Args) -> None:
                 for ahead in range(args.max_staleness + 1) if t == 0 else [args.max_staleness]:
                     submit(t + ahead, weights)
                 if due:  # training waits: the policy judged is the policy that generated
-                    with trace("learner", "evaluate", version=t):
+                    with trace("learner", "evaluate", step=t):
                         rollout = generator.receive(f"eval-{t}")
-                        models = (policy, reference, reward, gold)
-                        run.log_eval(t, evaluate(rollout, eval_columns, *models, tokenizer, args, device), rollout, tokenizer)
+                        judges = (policy, reference, reward, gold, tokenizer)
+                        run.log_eval(t, evaluate(rollout, eval_columns, *judges, args, device), rollout, tokenizer)
             if t == args.num_batches:
                 break
 
@@ -773,7 +777,7 @@ def stop(message: str):
 def check_args(args: Args) -> None:
     """Refuse wrong flags and missing files before any model loads."""
     for name in ("total_episodes", "batch_size", "micro_batch_size", "num_mini_batches", "num_epochs", "prompt_length",
-                 "response_length", "temperature", "learning_rate", "max_grad_norm", "timeout", "eval_prompts"):  # fmt: skip
+                 "response_length", "temperature", "learning_rate", "max_grad_norm", "timeout", "eval_prompts"):
         if not getattr(args, name) > 0:
             stop(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
     for name in ("max_staleness", "eval_every"):
@@ -784,11 +788,11 @@ def check_args(args: Args) -> None:
     learners = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (args.samples_per_prompt * learners):
         unit = args.samples_per_prompt * learners
-        stop(f"--batch-size {args.batch_size} does not divide into {learners} learner(s) x {args.samples_per_prompt} samples "
-             f"per prompt: take a multiple of {unit}, such as {max(1, args.batch_size // unit) * unit}")  # fmt: skip
+        stop(f"--batch-size {args.batch_size} does not divide into {learners} learner(s) x {args.samples_per_prompt} "
+             f"samples per prompt: take a multiple of {unit}, such as {max(1, args.batch_size // unit) * unit}")
     if args.num_batches == 0:
         stop(f"--total-episodes {args.total_episodes} is less than one generated batch of "
-             f"{args.batch_size * args.num_mini_batches} completions: raise it to that or more")  # fmt: skip
+             f"{args.batch_size * args.num_mini_batches} completions: raise it to that or more")
     for flag in ("model", "reward", "gold", "dataset"):
         value = getattr(args, flag)
         if value.startswith("tasks/") and not os.path.exists(value):
@@ -814,30 +818,30 @@ def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> No
     """Refuse a data set or a tokenizer that the run cannot use."""
     for split, data in ((args.train_split, train), (args.eval_split, evaluation)):
         if len(data) == 0:
-            stop(f"split {split} of {args.dataset} has no prompt of at most --prompt-length {args.prompt_length} tokens")
+            stop(f"split {split} of {args.dataset} has no prompt within --prompt-length {args.prompt_length} tokens")
     if len(train) < args.num_prompts:
         stop(f"{len(train)} prompts are fewer than the {args.num_prompts} of one batch: lower --batch-size")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         stop(f"the tokenizer of {args.model} needs an EOS token and another pad token; it has eos "
-             f"{tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")  # fmt: skip
+             f"{tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")
     for flag in ("reward", "gold"):
         value = getattr(args, flag)
         if value and not is_function(value):
             if AutoTokenizer.from_pretrained(value).get_vocab() != tokenizer.get_vocab():
                 stop(f"--{flag} {value} has another vocabulary than the policy: it must read the policy's tokens")
             if AutoConfig.from_pretrained(value).pad_token_id != tokenizer.pad_token_id:
-                stop(f"--{flag} {value}: set pad_token_id in its config.json to the tokenizer's, {tokenizer.pad_token_id}")
+                stop(f"--{flag} {value}: pad_token_id in its config.json must be {tokenizer.pad_token_id}")
 
 
 def check_rollout(rollout: Rollout, t: int, args: Args) -> None:
-    """Which weights made this batch? Those of version max(0, t - S): by its label, and by the probe's log-probabilities."""
+    """Which weights made this batch? Those of version max(0, t - S), by its label and by the probe."""
     expected = max(0, t - args.max_staleness)
     if rollout.version != expected:
         raise RuntimeError(f"batch {t} was made by version {rollout.version}, not {expected}")
     limit = 1e-3 if args.dtype == "float32" else 0.5
     if not rollout.probe_error <= limit:
-        raise RuntimeError(f"batch {t}: generator and learner differ by {rollout.probe_error:.4f} in a log-probability of "
-                           f"version {expected} (limit {limit}): the generator has other weights")  # fmt: skip
+        raise RuntimeError(f"batch {t}: generator and learner differ by {rollout.probe_error:.4f} in a log-probability "
+                           f"of version {expected} (limit {limit}): the generator has other weights")
 
 
 class Trace:
@@ -857,29 +861,30 @@ class Trace:
     def save(self, path: str) -> None:
         """In the format that chrome://tracing and Perfetto open (microseconds)."""
         tracks = {"generator": 1, "learner": 2}
-        events = [{"ph": "M", "pid": 1, "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in tracks.items()]
+        events = [{"ph": "M", "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in tracks.items()]
         for track, name, begin, seconds, details in self.events:
-            event = {"ph": "X", "pid": 1, "tid": tracks[track], "name": name, "ts": begin * 1e6, "dur": seconds * 1e6}
-            events.append(event | {"args": details})
+            times = {"ts": begin * 1e6, "dur": seconds * 1e6}
+            events.append({"ph": "X", "tid": tracks[track], "name": name, "args": details} | times)
         with open(path, "w") as f:
-            json.dump({"traceEvents": events}, f)
+            json.dump({"traceEvents": [{"pid": 1} | event for event in events]}, f)
 
     def seconds(self, track: str, name: str, step: int) -> float:
-        """Total time of the learner's events of that name in that step."""
-        return sum(e[3] for e in self.events if e[:2] == (track, name) and step in (e[4].get("step"), e[4].get("version")))
+        """Total time of the events of that name in that step of the learner."""
+        return sum(e[3] for e in self.events if e[:2] == (track, name) and e[4].get("step") == step)
 
     def picture(self, seconds: float, width: int = 100) -> str:
-        """The last seconds as two lines of text, a letter for what took most of each moment."""
-        end = max((e[2] + e[3] for e in self.events), default=0.0)
+        """The last seconds before the last update as two lines of text: a letter for what was done, . for waiting."""
+        letters = {"generate": "G", "load weights": "w", "snapshot": "s", "label": "r", "learn": "L", "evaluate": "E"}
+        end = max((e[2] + e[3] for e in self.events if e[1] == "learn"), default=0.0)
         lines = []
         for track in ("generator", "learner"):
             line = ["."] * width
-            for _, name, begin, length, _ in (e for e in self.events if e[0] == track and e[1] != "wait"):
+            for _, name, begin, length, _ in (e for e in self.events if e[0] == track and e[1] in letters):
                 first = int((begin - end + seconds) / seconds * width)
                 last = int((begin + length - end + seconds) / seconds * width)
-                letter = {"generate": "G", "load weights": "w", "label": "r", "learn": "L", "evaluate": "E"}.get(name, "s")
-                line[max(0, first) : max(0, last)] = letter * (min(width, last) - max(0, first))
-            lines.append(f"{track:>9} |{''.join(line[:width])}|")
+                for i in range(max(0, first), min(width, last)):
+                    line[i] = letters[name]
+            lines.append(f"{track:>9} |{''.join(line)}|")
         return "\n".join(lines)
 
 
@@ -890,13 +895,11 @@ class Run:
         self.args, self.trace = args, Trace()
         script = os.path.splitext(os.path.basename(__file__))[0]
         task = os.path.basename(os.path.dirname(os.path.abspath(args.dataset)))
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.folder = args.output_dir or os.path.join("runs", f"{script}-{task}-S{args.max_staleness}-seed{args.seed}-{stamp}")
+        name = f"{script}-{task}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = args.output_dir or os.path.join("runs", name)
         self.policy_folder = os.path.join(self.folder, "policy")
         os.makedirs(self.folder, exist_ok=True)
-        self.shared_folder = tempfile.mkdtemp(prefix="async-rlhf-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        self.metrics = open(os.path.join(self.folder, "metrics.jsonl"), "w")
-        self.samples = open(os.path.join(self.folder, "samples.jsonl"), "w")
+        self.shared_folder = tempfile.mkdtemp(prefix="async-rlhf-", dir="/dev/shm")
         self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True)
         self.steps, self.evals, self.last = [], [], None
         self.config = {
@@ -911,30 +914,35 @@ class Run:
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project="async-rlhf", name=os.path.basename(self.folder), config=self.config, dir=self.folder)
+            name = os.path.basename(os.path.normpath(self.folder))
+            self.wandb = wandb.init(project="async-rlhf", name=name, config=self.config, dir=self.folder)
 
     def write(self, name: str, content: dict) -> None:
         with open(os.path.join(self.folder, name), "w") as f:
             json.dump(content, f, indent=2)
 
+    def append(self, name: str, record: dict) -> None:
+        with open(os.path.join(self.folder, name), "a") as f:
+            print(json.dumps(record), file=f)
+
     def log(self, record: dict) -> None:
-        print(json.dumps(record), file=self.metrics, flush=True)
+        self.append("metrics.jsonl", record)
         if self.wandb:
             self.wandb.log(record, step=record["version"])
 
     def log_step(self, t: int, rollout: Rollout, batch: Batch, metrics: dict) -> None:
         """One line for batch t. Everything but time/... is the same in every run with the same seed."""
         now, args = time.perf_counter(), self.args
-        times = {name: self.trace.seconds("learner", name, t) for name in ("snapshot", "wait", "label", "learn", "evaluate")}
+        times = {name: self.trace.seconds("learner", name, t) for name in ("snapshot", "wait", "label", "learn")}
         times |= {"load": rollout.load_seconds, "generate": rollout.generate_seconds}
-        times["step"] = now - self.last if self.last else float("nan")
+        times |= {"generator_wait": rollout.wait_seconds, "step": now - self.last if self.last else None}
         self.last = now
         record = {
             "step": t,
             "version": t + 1,
             "episodes": (t + 1) * args.batch_size * args.num_mini_batches,
             "prompts": (t + 1) * args.num_prompts,
-            "lag": t - rollout.version,
+            "lag": t - rollout.version,  # in versions, between the weights that made the batch and those it updates
             "score": batch.scores.mean().item(),
             "score_gap": (batch.scores[batch.chosen] - batch.scores[batch.rejected]).mean().item(),
             "response_length": batch.mask.sum(1).float().mean().item(),
@@ -944,72 +952,54 @@ class Run:
         }
         self.log(record)
         self.steps.append(record)
-        waits = "learner waits" if times["wait"] > 0.05 * times["learn"] else "generator waits"
-        shown = {"reward": f"{record['score']:.2f}", "kl": f"{record['kl']:.2f}", "lag": record["lag"]}
+        shown = f"reward {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}"
+        shown += f", waited: generator {times['generator_wait']:.1f} s, learner {times['wait']:.1f} s"
         if self.evals and "win_rate" in self.evals[-1]:
-            shown["win"] = f"{self.evals[-1]['win_rate']:.0%}"
-        self.bar.set_postfix(shown | {"": waits}, refresh=False)
+            shown += f", gold win-rate {self.evals[-1]['win_rate']:.0%}"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
         self.evals.append({"version": t} | metrics)
         self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
         for query, response in list(zip(rollout.prompts, rollout.responses))[:8]:
-            record = {"version": t, "query": tokenizer.decode(query), "response": tokenizer.decode(response)}
-            print(json.dumps(record), file=self.samples, flush=True)
+            texts = {"query": tokenizer.decode(query), "response": tokenizer.decode(response)}
+            self.append("samples.jsonl", {"version": t} | texts)
         self.last = None  # the step after an evaluation is not timed
 
     def finish(self) -> None:
         """Write the trace and the summary, and print the summary as a table."""
         self.bar.close()
         self.trace.save(os.path.join(self.folder, "trace.json"))
-        timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] == s["time/step"]]
-        median = {n: float(np.median([s[f"time/{n}"] for s in timed])) if timed else float("nan")
-                  for n in ("generate", "load", "snapshot", "label", "learn", "wait", "step")}  # fmt: skip
-        g, learner = median["generate"] + median["load"], median["snapshot"] + median["label"] + median["learn"]
-        ideal = max(g, learner) if self.args.max_staleness else g + learner
-        summary = {
-            "evals": self.evals,
-            "timed_steps": len(timed),
-            "seconds": median,
-            "generation": g,
-            "learning": learner,
-            "generator_wait": median["step"] - g,
-            "step": median["step"],
-            "ideal_step": ideal,
-            "overlap": ideal / median["step"],
-            "speedup_predicted": (g + learner) / ideal,
-            "speedup_measured": (g + learner) / median["step"],
-        }
-        self.write("summary.json", summary)
-        print("\nWho waited for whom (medians of "
-              f"{len(timed)} steps without evaluation, seconds; G, w: generate, load weights; s, r, L: snapshot, label, learn)")  # fmt: skip
-        print(self.trace_picture())
-        rows = [
-            ("generation G (weights in)", f"{g:.2f} ({median['load']:.2f})"),
-            ("learning L (snapshot, label, learn)",
-             f"{learner:.2f} ({median['snapshot']:.2f}, {median['label']:.2f}, {median['learn']:.2f})"),  # fmt: skip
-            ("generator waited", f"{summary['generator_wait']:.2f}"),
-            ("learner waited", f"{median['wait']:.2f}"),
-            ("step, measured", f"{median['step']:.2f}"),
-            ("step, ideal " + ("max(G, L)" if self.args.max_staleness else "G + L"), f"{ideal:.2f}"),
-            ("speed-up over G + L, ideal", f"{summary['speedup_predicted']:.2f}"),
-            ("speed-up over G + L, measured", f"{summary['speedup_measured']:.2f}"),
-        ]
-        print("\n".join(f"  {name:<38}{value}" for name, value in rows))
-        for when, record in (("first", self.evals[0]), ("last", self.evals[-1])) if self.evals else ():
-            values = ", ".join(f"{k} {v:.3f}" for k, v in record.items() if k != "version")
-            print(f"  {when} evaluation (version {record['version']}): {values}")
-        print(f"  files: {self.folder}")
-
-    def trace_picture(self) -> str:
-        steps = [s["time/step"] for s in self.steps if s["time/step"] == s["time/step"]]
-        return self.trace.picture(4 * float(np.median(steps)) if steps else 10.0)
+        timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] is not None]
+        names = ("generate", "load", "generator_wait", "snapshot", "label", "learn", "wait", "step")
+        median = {n: float(np.median([s[f"time/{n}"] for s in timed])) if timed else float("nan") for n in names}
+        generation, learning = median["generate"] + median["load"], median["snapshot"] + median["label"] + median["learn"]
+        total = generation + learning  # what the same two would take in turn
+        ideal = max(generation, learning) if self.args.max_staleness else total
+        self.write("summary.json", {
+            "evals": self.evals, "timed_steps": len(timed), "seconds": median, "generation": generation,
+            "learning": learning, "step": median["step"], "ideal_step": ideal, "overlap": ideal / median["step"],
+            "speedup_ideal": total / ideal, "speedup_measured": total / median["step"],
+        })
+        print(f"\nWho waited for whom: the last four steps (G generate, w load weights; s snapshot, r label, L learn)\n"
+              f"{self.trace.picture(4 * median['step']) if timed else ''}\n"
+              f"Medians of {len(timed)} steps without evaluation, in seconds\n"
+              f"  generation G           {generation:7.2f}   of it loading weights {median['load']:.2f}\n"
+              f"  learning L             {learning:7.2f}   snapshot {median['snapshot']:.2f}, label {median['label']:.2f}, "
+              f"learn {median['learn']:.2f}\n"
+              f"  generator waited       {median['generator_wait']:7.2f}\n"
+              f"  learner waited         {median['wait']:7.2f}\n"
+              f"  step                   {median['step']:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} "
+              f"{ideal:.2f}, reached {ideal / median['step']:.0%}\n"
+              f"  speed-up over G + L    {total / median['step']:7.2f}   ideal {total / ideal:.2f}")
+        for record in [self.evals[0], self.evals[-1]] if self.evals else []:
+            values = ", ".join(f"{name} {value:.3f}" for name, value in record.items() if name != "version")
+            print(f"Evaluation of version {record['version']}: {values}")
+        print(f"Files: {self.folder}")
 
     def close(self) -> None:
         self.bar.close()
-        self.metrics.close()
-        self.samples.close()
         shutil.rmtree(self.shared_folder, ignore_errors=True)
         if self.wandb:
             self.wandb.finish()

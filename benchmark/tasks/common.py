@@ -218,7 +218,9 @@ def score(model, tokenizer, queries, responses, batch=256):
 
 
 def train_reward_model(sft_folder, tokenizer, queries, chosen, rejected, batch, lr, epochs=1, log_every=50):
-    """Pairwise logistic loss from the SFT body, then scaled so that scores have unit standard deviation."""
+    """Pairwise logistic loss from the SFT body, then scaled so that scores have unit standard deviation.
+
+    The small second term of the loss pulls the mean score to zero (the pairwise loss alone leaves it open)."""
     model = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=1, dtype=torch.float32)
     steps = epochs * (len(queries) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -231,7 +233,7 @@ def train_reward_model(sft_folder, tokenizer, queries, chosen, rejected, batch, 
         rows, order = order[:batch], order[batch:]
         texts = [chosen[i] for i in rows] + [rejected[i] for i in rows]
         better, worse = rm_scores(model, tokenizer, [queries[i] for i in rows] * 2, texts).chunk(2)
-        loss = -F.logsigmoid(better - worse).mean()
+        loss = -F.logsigmoid(better - worse).mean() + 0.01 * (better + worse).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,8 +11,29 @@ Run: python -m benchmark.tasks.tldr_tiny   (writes tasks/tldr-tiny/{data,sft-m,r
 
 import itertools
 import json
+import random
+import statistics
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Literal
+
+import torch
+import tyro
+from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmark.tasks.common import (
+    Preparation,
+    sample,
+    save,
+    score,
+    set_seed,
+    sft,
+    small_llama,
+    train_reward_model,
+    word_tokenizer,
+)
 
 SLOTS = {
     "actor": "boss sister brother roommate neighbor landlord mother father cousin uncle aunt teacher coach doctor "
@@ -66,6 +87,8 @@ FREE_LENGTH, PER_WORD = 18, 0.2
 
 MAX_NEW_TOKENS = 32
 SIZES = {"s": (96, 3, 256), "m": (192, 4, 512), "l": (384, 5, 896)}  # hidden, layers, intermediate
+SFT_STEPS, SFT_LR = 400, {"s": 3e-3, "m": 2e-3, "l": 1e-3}  # batches of 32
+RM_PROMPTS, RM_LR = 3_000, {"s": 1e-3, "m": 5e-4}
 
 
 @dataclass
@@ -139,5 +162,83 @@ def gold(prompts, responses, facts, **columns):
 
 def vocabulary():
     """Every word a post or a summary can contain."""
-    templates = [*FACTS, *NOISE, *TITLES, *(clause for clause, _ in CLAUSES), NOISE_SUMMARY, "SUBREDDIT: TITLE: POST: TL;DR:"]
+    clauses = [clause for clause, _ in CLAUSES]
+    templates = ["SUBREDDIT: TITLE: POST: TL;DR:", *FACTS, *NOISE, *TITLES, *clauses, NOISE_SUMMARY]
     return [w for text in templates for w in text.split() if "{" not in w] + [*CLASS, *SUBREDDITS]
+
+
+def build_data(folder, args):
+    rng = random.Random(args.seed)
+    sizes = {"train": args.train_size, "validation": args.validation_size}
+    splits = {split: Dataset.from_list([make_row(rng) for _ in range(size)]) for split, size in sizes.items()}
+    DatasetDict(splits).save_to_disk(folder)
+    return {**sizes, "reference_gold": statistics.mean(gold(None, *column_lists(splits["validation"])))}
+
+
+def column_lists(rows):
+    """The references and facts of some rows, as gold takes them."""
+    return list(rows["reference"]), list(rows["facts"])
+
+
+def build_sft(folder, args, size, data):
+    """Train from scratch, then the gold win-rate against the references of 512 validation posts."""
+    set_seed(args.seed)
+    tokenizer = word_tokenizer(vocabulary())
+    model = small_llama(tokenizer, *SIZES[size])
+    train, validation = data["train"], data["validation"].select(range(512))
+    loss = sft(model, tokenizer, list(train["query"]), list(train["reference"]), SFT_STEPS, batch=32, lr=SFT_LR[size])
+    save(folder, model, tokenizer)
+    references, facts = column_lists(validation)
+    numbers = {"parameters": model.num_parameters(), "loss": round(loss, 3)}
+    for temperature in (0.01, 0.7):
+        responses, ended = sample(model, tokenizer, list(validation["query"]), temperature, MAX_NEW_TOKENS)
+        wins = [a > b for a, b in zip(gold(None, responses, facts), gold(None, references, facts))]
+        numbers[f"win_rate_T{temperature}"] = round(statistics.mean(wins), 3)
+        numbers[f"ended_T{temperature}"] = round(statistics.mean(ended), 3)
+    return numbers
+
+
+def build_rm(folder, args, size, data):
+    """Pairs of SFT samples labelled by gold (ties dropped), one epoch; accuracy on held-out pairs."""
+    set_seed(args.seed + 1)
+    source = Path("tasks/tldr-tiny") / f"sft-{size}"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+    def pairs(rows):
+        queries, facts = list(rows["query"]), list(rows["facts"])
+        a, b = (sample(policy, tokenizer, queries, 1.0, MAX_NEW_TOKENS)[0] for _ in range(2))
+        labels = zip(gold(None, a, facts), gold(None, b, facts))
+        kept = [(q, *((x, y) if gx > gy else (y, x))) for q, x, y, (gx, gy) in zip(queries, a, b, labels) if gx != gy]
+        return [list(column) for column in zip(*kept)]
+
+    train = pairs(data["train"].select(range(RM_PROMPTS)))
+    queries, chosen, rejected = pairs(data["validation"].select(range(512)))
+    model = train_reward_model(source, tokenizer, *train, batch=32, lr=RM_LR[size])
+    save(folder, model, tokenizer)
+    better, worse = (torch.tensor(score(model, tokenizer, queries, texts)) for texts in (chosen, rejected))
+    both = torch.cat([better, worse])
+    return {
+        "parameters": model.num_parameters(),
+        "pairs": len(train[0]),
+        "pair_accuracy": round((better > worse).float().mean().item(), 3),
+        "score_mean": round(both.mean().item(), 3),
+        "score_std": round(both.std().item(), 3),
+    }
+
+
+def main(args):
+    task = Preparation("tldr-tiny", args)
+    if task.done:
+        return
+    task.stage("data", partial(build_data, args=args))
+    data = load_from_disk(task.folder / "data")
+    for size in sorted({*args.sizes, *args.reward_sizes}):  # a reward model starts from the SFT policy of its size
+        task.stage(f"sft-{size}", partial(build_sft, args=args, size=size, data=data))
+    for size in args.reward_sizes:
+        task.stage(f"rm-{size}", partial(build_rm, args=args, size=size, data=data))
+    task.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

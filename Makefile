@@ -1,0 +1,30 @@
+DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+python = .venv/bin/python
+
+.PHONY: help install demo docstrings math test lint copies clean
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: .venv/installed  ## create .venv and install everything (DEVICE=cpu|cuda overrides the choice)
+.venv/installed: requirements.txt requirements-cpu.txt requirements-dev.txt benchmark/install.sh
+	@bash benchmark/install.sh $(DEVICE)
+
+tasks/%/info.json: | install
+	@$(python) -m benchmark.tasks.$(subst -,_,$*)
+
+demo: install tasks/tldr-tiny/info.json  ## the main job: asynchronous Online DPO on tldr-tiny, with a picture of who waited
+	@$(python) async_online_dpo.py
+	@$(python) -m benchmark.timeline
+
+math: install tasks/math-tiny/info.json  ## the same on word problems with a verifiable reward
+	@bash benchmark/math_tiny.sh
+
+docstrings: install  ## the same on real text with SmolLM2-135M (about an hour on 2 cores)
+	@bash benchmark/docstrings.sh
+
+test: install  ## all tests
+	@$(python) -m ruff check .
+	@$(python) -m pytest -q
+
+clean:  ## delete the environment, the tasks and the runs
+	rm -rf .venv tasks runs
