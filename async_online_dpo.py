@@ -367,6 +367,7 @@ def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
     os.environ.update(plan.engine_env)
     os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
     from vllm import LLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     options = {}
     if plan.transfer != "reload":
@@ -383,7 +384,9 @@ def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
         max_model_len=args.prompt_length + args.response_length + 1,
         enable_prefix_caching=False,  # cached keys and values would be those of older weights
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
-        distributed_executor_backend="uni",
+        enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
+        max_num_batched_tokens=max(8192, args.prompt_length + args.response_length + 1),
+        distributed_executor_backend=UniProcExecutor,  # no third process, whose message queue would spin on a core
         enforce_eager=plan.transfer == "reload",
         use_tqdm_on_load=False,
         disable_log_stats=True,
@@ -704,7 +707,7 @@ class DevicePlan:
 
 def device_plan() -> DevicePlan:
     """CPU: half of the cores learn, the others generate. One GPU is shared. Of several GPUs the last one generates."""
-    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+    env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     cores = sorted(os.sched_getaffinity(0))
     if torch.cuda.is_available():
@@ -714,7 +717,7 @@ def device_plan() -> DevicePlan:
         return DevicePlan(torch.device("cuda", local_rank), set(cores), set(cores), env, "nccl" if gpus > 1 else "ipc")
     # Two pools of OpenMP threads on the same cores spin against each other: keep them apart.
     learner, generator = set(cores[: len(cores) // 2] or cores), set(cores[len(cores) // 2 :])
-    env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(generator)))
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(generator))}
     env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     return DevicePlan(torch.device("cpu"), learner, generator, env, "reload")
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -101,11 +102,11 @@ def word_tokenizer(words):
     return _wrap(tokenizer)
 
 
-def char_tokenizer(chars):
-    """One token per character, spaces and newlines included."""
-    vocab = {char: i for i, char in enumerate(SPECIAL + sorted(set(chars)))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+def split_tokenizer(texts, pattern):
+    """One token per match of the pattern, which must cover every character; decoding joins tokens as they are."""
+    vocab = SPECIAL + sorted({token for text in texts for token in re.findall(pattern, text)})
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return _wrap(tokenizer)
 
@@ -147,8 +148,11 @@ def schedule(optimizer, steps, warmup=20):
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [warmup])
 
 
-def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50):
-    """Next-token loss on response tokens and EOS only, on random mini-batches; returns the mean of the last losses."""
+def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50, stop=lambda: False):
+    """Next-token loss on response tokens and EOS only, on random mini-batches; returns the mean of the last losses.
+
+    Ends early when stop(), called after every log line, says so.
+    """
     prompt_ids = tokenizer(queries)["input_ids"]
     response_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(responses)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -172,6 +176,8 @@ def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50):
         if step % log_every == 0 or step == steps:
             recent = sum(losses[-log_every:]) / len(losses[-log_every:])
             print(f"  sft step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
+            if stop():
+                break
     model.eval()
     return recent
 
