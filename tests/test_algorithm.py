@@ -17,8 +17,9 @@ def task(tmp_path_factory):
 
 
 def make_args(task, **changes):
-    defaults = dict(model=f"{task}/policy", reward="tests.tiny:reward", gold="", dataset=f"{task}/data", dtype="float32")
-    return script.Args(**defaults | dict(batch_size=8, total_episodes=64, micro_batch_size=4) | changes)
+    defaults = dict(model=f"{task}/policy", reward="tests.tiny:reward", gold="", dataset=f"{task}/data")
+    defaults |= dict(dtype="float32", batch_size=8, total_episodes=64, micro_batch_size=4)
+    return script.Args(**defaults | changes)
 
 
 def make_rollout(prompts=8, k=2, seed=0):

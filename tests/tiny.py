@@ -25,9 +25,8 @@ def make(folder: str) -> str:
     vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", "Q:", "A:", *WORDS])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=False
-    )
+    special = dict(eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
     shape = dict(
         vocab_size=len(vocab),
         hidden_size=64,
@@ -43,8 +42,8 @@ def make(folder: str) -> str:
         initializer_range=0.1,
     )
     torch.manual_seed(0)
-    for name, cls, extra in (("policy", LlamaForCausalLM, {}), ("rm", LlamaForSequenceClassification, {"num_labels": 1})):
-        cls(LlamaConfig(**shape, **extra)).save_pretrained(os.path.join(folder, name))
+    for name, model in (("policy", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
+        model(LlamaConfig(**shape, num_labels=1)).save_pretrained(os.path.join(folder, name))
         tokenizer.save_pretrained(os.path.join(folder, name))
     generator = torch.Generator().manual_seed(0)
 

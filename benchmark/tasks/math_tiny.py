@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 import tyro
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from benchmark.tasks import common
 
@@ -88,7 +88,7 @@ def problems(split, size, seed):
 
 def accuracy(model, tokenizer, data, temperature=0.01, samples=1):
     """Share of problems that at least one of `samples` responses solves; temperature 0.01 is as good as greedy."""
-    best = [0.0] * len(data)
+    best = [0.0] * len(data["query"])
     for _ in range(samples):
         responses, _ = common.sample(model, tokenizer, data["query"], temperature, 48)
         best = [max(b, r) for b, r in zip(best, reward(data["query"], responses, reference=data["reference"]))]
@@ -108,8 +108,8 @@ def main(args: Args):
 
     def sft(folder):
         common.set_seed(args.seed)
-        train, validation = (Dataset.load_from_disk(task.folder / "data" / s) for s in ("train", "validation"))
-        development = problems("development", 256, args.seed)
+        train, validation = (load_from_disk(task.folder / "data")[split][:] for split in ("train", "validation"))
+        development = problems("development", 256, args.seed)[:]
         tokenizer = common.split_tokenizer(train["query"] + train["reference"], TOKENS)
         model = common.small_llama(tokenizer, hidden=128, layers=4, intermediate=384, max_positions=128)
         checks = []

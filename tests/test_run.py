@@ -1,0 +1,367 @@
+"""Whole runs with a real vLLM engine: lag, order, determinism, failures, and what a run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import async_online_dpo as script
+from tests import tiny
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return tiny.make(str(tmp_path_factory.mktemp("tiny")))
+
+
+def flags(task, **changes):
+    """The flags of a run of 6 batches of 16 prompts x 2 samples, as a dict of Args fields."""
+    flags = dict(model=f"{task}/policy", reward=f"{task}/rm", gold="tests.tiny:reward", dataset=f"{task}/data")
+    flags |= dict(batch_size=32, total_episodes=192, prompt_length=32, response_length=12, learning_rate=1e-3)
+    return flags | dict(eval_every=0, dtype="float32") | changes
+
+
+class SharedEngine:
+    """One real engine for many runs: a run may use it as its own, but not shut it down."""
+
+    def __init__(self, llm):
+        self.llm, self.llm_engine = llm, SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+    def __getattr__(self, name):
+        return getattr(self.llm, name)
+
+
+@pytest.fixture(scope="module")
+def engine(task, tmp_path_factory):
+    """(llm, send_weights) of a real vLLM in its default layout: engine in a child process, on its own cores."""
+    affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    args = script.Args(**flags(task))
+    plan = script.device_plan()
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    folder = str(tmp_path_factory.mktemp("weights"))
+    weights = script.snapshot_weights(policy, 0, torch.tensor([[5, 6, 7]]), args, folder)
+    llm, send_weights = script.start_engine(args, plan, weights)
+    os.sched_setaffinity(0, affinity)
+    yield SharedEngine(llm), send_weights
+    llm.llm_engine.engine_core.shutdown()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def run(task, engine, monkeypatch, tmp_path):
+    """run(**changes) -> (output folder, rollouts as they were received): main() with the shared engine."""
+    llm, send_weights = engine
+    affinity = os.sched_getaffinity(0)
+
+    def run(name="run", before_load=lambda weights: None, before_label=lambda: None, **changes):
+        rollouts, make_batch, check = [], script.make_batch, script.check_rollout
+
+        def start_engine(args, plan, weights):
+            send_weights(llm, weights)
+
+            def send(llm, weights):
+                before_load(weights)
+                send_weights(llm, weights)
+
+            return llm, send
+
+        def slow_batch(*args):
+            before_label()
+            return make_batch(*args)
+
+        def record(rollout, t, args):
+            rollouts.append(rollout)
+            check(rollout, t, args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "start_engine", start_engine)
+            patch.setattr(script, "make_batch", slow_batch)
+            patch.setattr(script, "check_rollout", record)
+            folder = str(tmp_path / name)
+            try:
+                script.main(script.Args(**flags(task, output_dir=folder) | changes))
+            finally:
+                os.sched_setaffinity(0, affinity)
+        return folder, rollouts
+
+    return run
+
+
+def metrics(folder):
+    """The metrics without the times, and the trained weights."""
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        records = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in f]
+    return records, load_file(os.path.join(folder, "policy", "model.safetensors"))
+
+
+def same(a, b):
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
+
+
+@pytest.mark.parametrize("slow", ["generator", "learner"])
+@pytest.mark.parametrize("staleness", [0, 1, 2, 3, 4])
+def test_lag_is_exactly_min_t_S(run, staleness, slow):
+    """By the label, and by the probe: the engine's log-probabilities are those of that version (main checks both)."""
+    sleep = {"before_load" if slow == "generator" else "before_label": lambda *_: time.sleep(0.1)}
+    folder, rollouts = run(max_staleness=staleness, **sleep)
+    assert [t - r.version for t, r in enumerate(rollouts)] == [min(t, staleness) for t in range(6)]
+    assert [r["lag"] for r in metrics(folder)[0]] == [min(t, staleness) for t in range(6)]
+    assert max(r.probe_error for r in rollouts) < 1e-4
+    with open(os.path.join(folder, "summary.json")) as f:
+        seconds = json.load(f)["seconds"]
+    if staleness == 1:  # who waits is who is faster
+        other = {"generator": "wait", "learner": "generator_wait"}[slow]
+        assert seconds[other] > 0.03
+
+
+def test_each_prompt_once_and_each_response_with_its_own(run, task):
+    args = script.Args(**flags(task))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = script.load_prompts(args, "train", tokenizer)
+    _, rollouts = run(max_staleness=2)
+    used = []
+    for t, rollout in enumerate(rollouts):
+        rows = script.prompt_rows(args, len(data), t)
+        assert rollout.prompts == [data[row]["input_ids"] for row in rows for _ in range(2)]
+        used += rows
+    assert len(set(used)) == len(used) == 96
+    # A response belongs to its prompt if its log-probabilities do: version 0's are known to the learner.
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    worst, shuffled = [], []
+    others = rollouts[0].prompts[2:] + rollouts[0].prompts[:2]
+    for prompts, errors in ((rollouts[0].prompts, worst), (others, shuffled)):
+        for prompt, response, logprobs in zip(prompts, rollouts[0].responses, rollouts[0].logprobs):
+            ids, mask = torch.tensor([prompt + response]), torch.ones(1, len(response), dtype=torch.bool)
+            with torch.no_grad():
+                mine = script.response_logprobs(policy, ids, torch.tensor([len(prompt)]), mask, args.temperature)[0]
+            errors.append((mine - torch.tensor(logprobs)).abs().max().item())
+    assert max(worst) < 1e-4 < np.median(shuffled)
+
+
+def test_generator_and_learner_agree_at_equal_weights_and_differ_after_an_update(run):
+    folder, _ = run(max_staleness=1)
+    ratios = [r["logratio_max"] for r in metrics(folder)[0]]
+    assert ratios[0] < 1e-4 and min(ratios[1:]) > 1e-3
+    folder, _ = run("sync", max_staleness=0)
+    assert max(r["logratio_max"] for r in metrics(folder)[0]) < 1e-4
+
+
+def test_a_pushed_weight_changes_what_is_generated(task, engine, tmp_path):
+    """Greedy tokens of the engine are those of transformers for the weights pushed last."""
+    from vllm import SamplingParams
+
+    llm, send_weights = engine
+    args = script.Args(**flags(task))
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    prompt, params = [3, 10, 11, 12, 4], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    generated = []
+    for version in (1, 2):
+        send_weights(llm, script.snapshot_weights(policy, version, torch.tensor([[5, 6]]), args, str(tmp_path)))
+        output = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0]
+        want = list(prompt)
+        with torch.no_grad():
+            for _ in range(8):
+                want.append(policy(torch.tensor([want])).logits[0, -1].argmax().item())
+            assert list(output.token_ids) == want[5:]
+            generated.append(want[5:])
+            for parameter in policy.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) * 0.3)
+    assert generated[0] != generated[1]
+
+
+def test_asynchronous_runs_repeat_to_the_last_bit(run):
+    """The same with a slow generator and with a slow learner: results do not depend on who is faster."""
+    first, _ = run("a", before_load=lambda _: time.sleep(0.1))
+    second, _ = run("b", before_label=lambda: time.sleep(0.1))
+    third, _ = run("c", seed=2)
+    assert same(metrics(first), metrics(second))
+    assert not same(metrics(first), metrics(third))
+
+
+def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path):
+    """S = 0 against generate, label, learn in turn, without threads and queues: the same weights to the last bit."""
+    folder, _ = run(max_staleness=0)
+    llm, send_weights = engine
+    args, cpu = script.Args(**flags(task)), torch.device("cpu")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = script.load_prompts(args, "train", tokenizer)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for _ in range(2))
+    reward = script.make_reward(args.reward, tokenizer, args, cpu)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    torch.set_num_threads(len(script.device_plan().learner_cores))
+    probe = torch.tensor([[5, 6, 7]])
+    for t in range(args.num_batches):
+        rows = [row for row in script.prompt_rows(args, len(data), t) for _ in range(2)]
+        prompts = data[rows]["input_ids"]
+        weights = script.snapshot_weights(policy, t, probe, args, str(tmp_path / "plain"))
+        send_weights(llm, weights)
+        generator = script.Generator(args, None, weights, probe[0].tolist(), tokenizer.eos_token_id, script.Trace())
+        seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(rows)).tolist()
+        rollout = generator.generate(llm, script.Request(str(t), weights, prompts, args.temperature, seeds), 0.0)
+        batch = script.make_batch(rollout, data[rows], reward, reference, tokenizer, args, cpu)
+        script.learn(policy, optimizer, batch, t, args)
+    trained = metrics(folder)[1]
+    assert all(torch.equal(trained[name], p) for name, p in policy.named_parameters())
+
+
+def test_an_exception_in_the_generator_reaches_the_learner(run):
+    def fail(weights):
+        if weights.version == 2:
+            raise ValueError("broken on purpose")
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="the generator failed: ValueError: broken on purpose"):
+        run(before_load=fail)
+    assert time.monotonic() - start < 60
+
+
+def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
+    """If the engine gets the weights of another version than the label says, the probe tells."""
+    make = script.snapshot_weights
+
+    def stale(policy, version, *rest):
+        weights = make(policy, version, *rest)
+        file = os.path.join(weights.path, "model.safetensors")
+        if version == 1:
+            shutil.copy(file, kept)
+        elif version == 2:
+            shutil.copy(kept, file)
+        return weights
+
+    kept = str(tmp_path / "version-1.safetensors")
+    monkeypatch.setattr(script, "snapshot_weights", stale)
+    with pytest.raises(RuntimeError, match="the generator has other weights"):
+        run()
+
+
+def test_best_of_k_math_style_function_reward_and_ipo(run):
+    """The other losses, K = 4, N = 2, T = 2, a Python function as reward, both schedules: all run and learn."""
+    for name, changes in {
+        "best_of_k": dict(loss="best_of_k"),
+        "ipo": dict(loss="ipo", num_mini_batches=2, num_epochs=2, samples_per_prompt=4, lr_schedule="per_update"),
+    }.items():
+        folder, rollouts = run(name, reward="tests.tiny:reward", **changes)
+        records, weights = metrics(folder)
+        assert all(np.isfinite(r["loss"]) for r in records) and records[-1]["episodes"] == 192
+        assert not torch.equal(weights["model.norm.weight"], torch.ones_like(weights["model.norm.weight"]))
+
+
+# ------------------------------------------------------------------------------------------------ as a user starts it
+def start(task, *extra, **changes):
+    """Run the script in a process of its own. Returns (exit status, output)."""
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in (flags(task) | changes).items()]
+    command = [sys.executable, "async_online_dpo.py", *options, *extra]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("smoke") / "run")
+    status, output = start(task, output_dir=folder, eval_every=3, eval_prompts=16)
+    assert status == 0, output
+    return folder, output
+
+
+def test_smoke_run_as_a_user_starts_it(finished):
+    folder, output = finished
+    for text in ("Who waited for whom", "generation G", "ideal max(G, L)", "speed-up over G + L", "win_rate", folder):
+        assert text in output
+    for chatter in ("WARNING", "INFO", "Warning", "Loading safetensors", "Traceback"):
+        assert chatter not in output
+    with open(os.path.join(folder, "config.json")) as f:
+        config = json.load(f)
+    assert config["args"]["num_batches"] == 6 and config["versions"]["vllm"] != "not installed" and config["commit"]
+    records, _ = metrics(folder)
+    assert [r["version"] for r in records if "eval/win_rate" in r] == [0, 3, 6]
+    with open(os.path.join(folder, "trace.json")) as f:
+        events = json.load(f)["traceEvents"]
+    generate = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "generate"]
+    learn = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "learn"]
+    assert any(max(a, c) < min(b, d) for a, b in generate for c, d in learn), "generation and learning never overlapped"
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("async-rlhf-")]
+
+
+def test_two_user_runs_are_the_same_to_the_last_bit(finished, task, tmp_path):
+    status, output = start(task, output_dir=str(tmp_path / "again"), eval_every=3, eval_prompts=16)
+    assert status == 0, output
+    assert same(metrics(finished[0]), metrics(str(tmp_path / "again")))
+
+
+def test_the_trained_policy_opens_in_transformers_and_vllm(finished, engine):
+    folder = os.path.join(finished[0], "policy")
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("Q: w1 A:").input_ids == [3, 6, 4] and policy.config.tie_word_embeddings
+    code = (
+        "import sys; from vllm import LLM, SamplingParams; llm = LLM(sys.argv[1], dtype='float32', enforce_eager=True);"
+        "print('GOT', llm.generate('Q: w1 A:', SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].token_ids)"
+    )
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=env, timeout=200)
+    want = policy.generate(torch.tensor([[3, 6, 4]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
+    assert f"GOT {want}" in done.stdout, done.stdout + done.stderr
+
+
+def test_weights_and_biases_offline(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder, _ = run("tracked", track=True)
+    assert os.path.isdir(os.path.join(folder, "wandb"))
+
+
+BAD = {
+    "does not exist yet: run `python -m benchmark.tasks.tldr_tiny` first": dict(model="tasks/tldr-tiny/nothing"),
+    "must be 2 or more": dict(samples_per_prompt=1),
+    "take a multiple of 3, such as 30": dict(samples_per_prompt=3, batch_size=32),
+    "--max-staleness is -1: it must be 0 or more": dict(max_staleness=-1),
+    "--temperature is 0.0: it must be above 0": dict(temperature=0.0),
+    "less than one generated batch of 32": dict(total_episodes=31),
+    "module tests.tiny has no function rewrd": dict(reward="tests.tiny:rewrd"),
+    "does not import: No module named 'nowhere'": dict(reward="nowhere:reward"),
+    "no prompt within --prompt-length 2": dict(prompt_length=2),
+    "256 prompts are fewer than the 512 of one batch": dict(batch_size=1024, total_episodes=1024),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_says_what_is_wrong_before_a_model_loads(task, message, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
+    affinity = os.sched_getaffinity(0)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            script.main(script.Args(**flags(task) | BAD[message]))
+    finally:
+        os.sched_setaffinity(0, affinity)
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_interrupt_leaves_nothing_behind(task, tmp_path):
+    """Ctrl-C in the middle of training: the process ends, and so does the engine."""
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in flags(task, total_episodes=64_000).items()]
+    command = [sys.executable, "async_online_dpo.py", *options, f"--output-dir={tmp_path / 'run'}"]
+    nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=HERE, start_new_session=True, **nowhere)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    list_left = ["ps", "-o", "pid=,stat=,args=", "-s", str(process.pid)]
+    deadline = time.monotonic() + 10
+    while (left := subprocess.run(list_left, capture_output=True, text=True).stdout) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left and not [name for name in os.listdir("/dev/shm") if name.startswith("async-rlhf-")]
