@@ -86,8 +86,8 @@ WRONG, REPEATED, UNGRAMMATICAL = 0.7, 0.7, 0.5
 FREE_LENGTH, PER_WORD = 18, 0.2
 
 MAX_NEW_TOKENS = 32
-SIZES = {"s": (96, 3, 256), "m": (192, 4, 512), "l": (384, 5, 896)}  # hidden, layers, intermediate
-SFT_STEPS, SFT_LR = 400, {"s": 3e-3, "m": 2e-3, "l": 1e-3}  # batches of 32
+SIZES = {"s": (96, 3, 256), "m": (128, 4, 384), "l": (320, 6, 896)}  # hidden, layers, intermediate
+SFT_STEPS, SFT_LR = 500, {"s": 4e-3, "m": 3e-3, "l": 1.5e-3}  # batches of 32
 RM_PROMPTS, RM_LR = 3_000, {"s": 1e-3, "m": 5e-4}
 
 
