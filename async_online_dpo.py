@@ -107,7 +107,7 @@ class Args:
     """sampling temperature; log-probabilities are those of logits / temperature"""
     missing_eos_score: float = -1.0
     """score of a response that does not end in EOS, in place of the reward's"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-5
     """peak learning rate of AdamW, decayed linearly to 0"""
     lr_schedule: Literal["per_batch", "per_update"] = "per_batch"
     """decay once per generated batch (as the paper) or once per optimizer update"""
@@ -271,7 +271,8 @@ class Generator(threading.Thread):
 
     def __init__(self, args: Args, plan: "DevicePlan", weights: Weights, probe: list[int], eos_id: int, trace: "Trace"):
         super().__init__(name="generator", daemon=True)
-        self.args, self.plan, self.weights, self.probe, self.eos_id, self.trace = args, plan, weights, probe, eos_id, trace
+        self.args, self.plan, self.weights, self.trace = args, plan, weights, trace
+        self.probe, self.eos_id = probe, eos_id
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
@@ -363,7 +364,7 @@ class Generator(threading.Thread):
 
 
 def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
-    """Start vLLM with these weights on its device. Returns (llm, send_weights): send_weights(llm, w) loads snapshot w."""
+    """Start vLLM with these weights. Returns (llm, send_weights): send_weights(llm, weights) loads a snapshot."""
     os.environ.update(plan.engine_env)
     os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
     from vllm import LLM
@@ -707,8 +708,8 @@ class DevicePlan:
 
 def device_plan() -> DevicePlan:
     """CPU: half of the cores learn, the others generate. One GPU is shared. Of several GPUs the last one generates."""
-    env = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
-    env |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    env = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "PYTHONWARNINGS": "ignore"}
     cores = sorted(os.sched_getaffinity(0))
     if torch.cuda.is_available():
         gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
@@ -977,7 +978,8 @@ class Run:
         timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] is not None]
         names = ("generate", "load", "generator_wait", "snapshot", "label", "learn", "wait", "step")
         median = {n: float(np.median([s[f"time/{n}"] for s in timed])) if timed else float("nan") for n in names}
-        generation, learning = median["generate"] + median["load"], median["snapshot"] + median["label"] + median["learn"]
+        generation = median["generate"] + median["load"]
+        learning = median["snapshot"] + median["label"] + median["learn"]
         total = generation + learning  # what the same two would take in turn
         ideal = max(generation, learning) if self.args.max_staleness else total
         self.write("summary.json", {
@@ -989,8 +991,8 @@ class Run:
               f"{self.trace.picture(4 * median['step']) if timed else ''}\n"
               f"Medians of {len(timed)} steps without evaluation, in seconds\n"
               f"  generation G           {generation:7.2f}   of it loading weights {median['load']:.2f}\n"
-              f"  learning L             {learning:7.2f}   snapshot {median['snapshot']:.2f}, label {median['label']:.2f}, "
-              f"learn {median['learn']:.2f}\n"
+              f"  learning L             {learning:7.2f}   snapshot {median['snapshot']:.2f}, "
+              f"label {median['label']:.2f}, learn {median['learn']:.2f}\n"
               f"  generator waited       {median['generator_wait']:7.2f}\n"
               f"  learner waited         {median['wait']:7.2f}\n"
               f"  step                   {median['step']:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} "

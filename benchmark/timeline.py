@@ -30,18 +30,21 @@ def draw(folder: str, seconds: float = 15.0) -> str:
     with open(os.path.join(folder, "trace.json")) as f:
         events = json.load(f)["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    bars = [(names[e["tid"]], e["name"], e["ts"] / 1e6, e["dur"] / 1e6, e["args"]) for e in events if e["ph"] == "X"]
+    events = [e for e in events if e["ph"] == "X"]
+    bars = [(names[e["tid"]], e["name"], e["ts"] / 1e6, e["dur"] / 1e6, e["args"]) for e in events]
     end = max(start + length for _, name, start, length, _ in bars if name == "learn")
     with open(os.path.join(folder, "metrics.jsonl")) as f:
         evals = [r for r in map(json.loads, f) if "eval/score" in r]
-    figure, axes = plt.subplots(2, 1, figsize=(11, 5.5), height_ratios=(1, 1.3), layout="constrained")
+    shape = dict(figsize=(11, 5.5), height_ratios=(1, 1.3), layout="constrained")
+    figure, axes = plt.subplots(2, 1, **shape)
     row = {"generator": 1, "learner": 0}
     for track, name, start, length, details in bars:
         if name in COLORS and end - seconds <= start < end:
             axes[0].barh(row[track], length, left=start - end + seconds, color=COLORS[name], height=0.7, edgecolor="white")
             label = {"generate": details.get("request", ""), "learn": f"learn {details.get('step')}"}.get(name, "")
             if length > seconds / 30:
-                axes[0].text(start - end + seconds + length / 2, row[track], label, ha="center", va="center", fontsize=7)
+                middle = start - end + seconds + length / 2
+                axes[0].text(middle, row[track], label, ha="center", va="center", fontsize=7)
     axes[0].set(yticks=[0, 1], yticklabels=["learner", "generator (vLLM)"], xlim=(0, seconds), xlabel="seconds")
     axes[0].set_title(f"Who waited for whom: the last {seconds:.0f} s of training (white: waiting)")
     legend = [Patch(color=color, label=name) for name, color in COLORS.items()]

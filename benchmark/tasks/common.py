@@ -27,6 +27,7 @@ class Preparation:
     """The folder of one task. Each stage is built in STAGE.tmp and renamed when complete, so a rerun continues."""
 
     def __init__(self, name, args):
+        torch.set_num_threads(1)  # small models gain nothing from a second core, and the bytes depend on the number
         self.folder = Path("tasks") / name
         self.args = json.loads(json.dumps(dataclasses.asdict(args)))
         self.info = {"args": self.args, "seconds": {}, "numbers": {}}
@@ -164,9 +165,9 @@ def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50, st
         if len(order) < batch:
             order = torch.randperm(len(queries)).tolist()
         rows, order = order[:batch], order[batch:]
-        ids, mask = pad([prompt_ids[i] + response_ids[i] for i in rows], tokenizer.pad_token_id)
+        ids, _ = pad([prompt_ids[i] + response_ids[i] for i in rows], tokenizer.pad_token_id)
         labels, _ = pad([[-100] * len(prompt_ids[i]) + response_ids[i] for i in rows], -100)
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # causal: no mask needed
         counted = labels[:, 1:] != -100  # a large vocabulary's output layer costs much: only where it is needed
         loss = F.cross_entropy(model.get_output_embeddings()(hidden[counted]).float(), labels[:, 1:][counted])
         optimizer.zero_grad()
@@ -209,11 +210,11 @@ def sample(model, tokenizer, queries, temperature, max_new_tokens, batch=256):
 def rm_scores(model, tokenizer, queries, responses):
     """Scores of query + response + EOS, (B,)."""
     eos = [tokenizer.eos_token_id]
-    ids, mask = pad(
+    ids, _ = pad(
         [q + r + eos for q, r in zip(tokenizer(queries)["input_ids"], tokenizer(responses)["input_ids"])],
         tokenizer.pad_token_id,
     )
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0]
+    return model(input_ids=ids, use_cache=False).logits[:, 0]
 
 
 @torch.no_grad()

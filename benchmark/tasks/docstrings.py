@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import re
+import statistics
 import sysconfig
 import warnings
 from collections import Counter
@@ -32,19 +33,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.tasks.common import Preparation, save, score, set_seed, sft, train_reward_model
 
-# The standard library and these; the same bytes for the same installation, other ones on a machine with other versions.
-PACKAGES = (
-    "aiohttp datasets fsspec huggingface_hub matplotlib networkx numpy openai pandas pydantic sympy torch transformers "
-    "wandb fontTools"
-).split()
-SUMMARY = re.compile(r"[A-Z][a-z]+ [^|{}<>\\\n]*")
-PROSE = re.compile(r"(?!.*(Args?:|Arguments:|Parameters|Returns:|Example|Attributes:|>>>|---|::|https?:|\.\. | :\w+ ))[A-Z][a-z]+[ ,][^|{}<>\\]*\.")
-STOP = set(
-    "a about after all also an and any are as at be been before being but by can could do does each either for from "
-    "given has have how if in instead into is it its like may more must no not of on one only or other otherwise same "
-    "should so some such than that the their them then there these they this those to up use used uses using was were "
-    "when where whether which while who why will with within would you your".split()
-)
+# The standard library and these: the same pairs for the same installation, other pairs where versions differ.
+PACKAGES = ["aiohttp", "datasets", "fontTools", "fsspec", "huggingface_hub", "matplotlib", "networkx", "numpy"]
+PACKAGES += ["openai", "pandas", "pydantic", "sympy", "torch", "wandb"]
+SUMMARY = re.compile(r"[A-Z][a-z]+ [^|{}<>\\]*")
+PROSE = re.compile(r"[A-Z][a-z]+[ ,][^|{}<>\\]*\.")
+NOT_PROSE = re.compile(r"Args?:|Arguments:|Parameters|Returns:|Example|Attributes:|>>>|---|===|::|https?:|\.\. | :\w+ ")
+STOP_WORDS = """
+ a about after all also an and any are as at be been before being but by can could do does each either for from given
+ has have how if in instead into is it its like may more must no not of on one only or other otherwise same should so
+ some such than that the their them then there these they this those to up use used uses using was were when where
+ whether which while who why will with within would you your
+"""
+STOP_WORDS = frozenset(STOP_WORDS.split())
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Args:
 def stems(text: str) -> list[str]:
     """The content words of a text, without their commonest endings."""
     words = re.findall(r"[a-z]{3,}", text.lower())
-    return [re.sub(r"(?<=[a-z]{3})(ing|ed|es|s|e)$", "", word) for word in words if word not in STOP]
+    return [re.sub(r"(?<=[a-z]{3})(ing|ed|es|s|e)$", "", word) for word in words if word not in STOP_WORDS]
 
 
 def copied(text: str, source: str) -> int:
@@ -78,21 +79,48 @@ def copied(text: str, source: str) -> int:
 
 
 def gold(prompts: list[str], responses: list[str], rarity: list[str], **columns: list) -> list[float]:
-    """Quality of a summary line, 0 to 10: TODO."""
+    """Quality of summary lines, 0 to 10: the parts below, less 1 for each word beyond 2 that is copied in one run.
+
+    Content, 5: the rarity of the description's words that the line has, out of that of its eight rarest words.
+    Detail, 2: distinct content words, six for full marks.
+    Form (PEP 257), 1/2 each: a single line that ends in its only full stop; a capital letter first; imperative mood;
+    20 to 72 characters; no word twice; function words between the content words (a list of keywords is no sentence).
+    """
     scores = []
-    for prompt, response, weights in zip(prompts, responses, rarity):
-        scores.append(0.0)
+    for prompt, response, weights in zip(prompts, responses, map(json.loads, rarity)):
+        line, words = response.strip(), stems(response)
+        content = sum(weights.get(word, 0) for word in set(words)) / max(1.0, sum(sorted(weights.values())[-8:]))
+        detail = len(set(words)) / 6
+        form = [
+            line.endswith(".") and not re.search(r"\n|[.:;!?]\s", line),
+            line[:1].isupper(),
+            bool(line) and not re.match(r"(\w*[^s]s|\w+ing|This|These|The|An?|It|If|In|For|Helper)\b", line),
+            20 <= len(line) <= 72,
+            len(words) == len(set(words)),
+            3 * (len(line.split()) - len(words)) >= len(words),
+        ]
+        copying = max(0, copied(response, prompt) - 2)
+        scores.append(max(0.0, 5 * min(1.0, content) + 2 * min(1.0, detail) + sum(form) / 2 - copying))
     return scores
 
 
 def source_files():
     """(package, path) of every source file to read, in a fixed order, tests left out."""
     library, site = (Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib"))
-    for name, root in [("python", library), *((package, site / package) for package in sorted(PACKAGES))]:
+    for package, root in [("python", library), *((package, site / package) for package in PACKAGES)]:
         for path in sorted(root.rglob("*.py")):
-            parts = set(path.relative_to(root).parts)
-            if not parts & {"site-packages", "test", "tests", "idlelib", "lib2to3", "testing", "_vendor"}:
-                yield name, path
+            folders = set(path.relative_to(root).parts)
+            if not folders & {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "_vendor"}:
+                yield package, path
+
+
+def definitions(node):
+    """Every function and class below a syntax node, in source order."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield child
+        if not isinstance(child, ast.expr):  # expressions hold no definitions; leaving them out saves time
+            yield from definitions(child)
 
 
 def docstring_pairs():
@@ -101,18 +129,17 @@ def docstring_pairs():
     warnings.simplefilter("ignore", SyntaxWarning)
     for package, path in source_files():
         try:
-            nodes = list(ast.walk(ast.parse(path.read_bytes())))  # read, never imported
+            nodes = list(definitions(ast.parse(path.read_bytes())))  # read, never imported
         except (SyntaxError, ValueError):
             continue
         for node in nodes:
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                continue
             paragraphs = (ast.get_docstring(node) or "").split("\n\n")
             if len(paragraphs) < 2 or "\n" in paragraphs[0]:
                 continue
             summary, description = (" ".join(paragraph.split()) for paragraph in paragraphs[:2])
-            good = 12 <= len(summary) <= 80 and 60 <= len(description) <= 250 and (summary + description).isascii()
-            if good and SUMMARY.fullmatch(summary) and PROSE.fullmatch(description) and not {summary, description} & seen:
+            size = 12 <= len(summary) <= 80 and 60 <= len(description) <= 250 and (summary + description).isascii()
+            prose = SUMMARY.fullmatch(summary) and PROSE.fullmatch(description) and not NOT_PROSE.search(description)
+            if size and prose and not {summary, description} & seen:
                 seen |= {summary, description}
                 pairs.append((package, description, summary))
     return pairs
@@ -173,11 +200,11 @@ def generate(folder: str, requests: list[tuple[list[list[int]], float, int]], se
     return texts
 
 
-def label(rows, first, second):
+def ordered(rows, first, second):
     """Pairs as gold orders them, without ties: (query, better, worse)."""
     scores = [gold(rows["query"], side, rarity=rows["rarity"]) for side in (first, second)]
-    ordered = zip(rows["query"], first, second, *scores)
-    return [(q, a, b) if x > y else (q, b, a) for q, a, b, x, y in ordered if x != y]
+    labelled = zip(rows["query"], first, second, *scores)
+    return [(q, a, b) if x > y else (q, b, a) for q, a, b, x, y in labelled if x != y]
 
 
 def main(args: Args):
@@ -223,13 +250,44 @@ def main(args: Args):
         requests = [(train[: args.rm_prompts], 1.0, 2), (validation, 1.0, 2), (validation, 0.01, 1)]
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             texts = pool.submit(generate, str(task.folder / "sft"), requests, args.seed).result()
-        (folder / "samples.json").write_text(json.dumps(dict(zip(["train", "validation", "greedy"], texts)), indent=1))
-        return {}
+        texts = dict(zip(["train", "validation", "greedy"], texts))
+        (folder / "samples.json").write_text(json.dumps(texts, indent=1))
+        rows = rows["validation"][:]
+        human = gold(rows["query"], rows["reference"], rarity=rows["rarity"])
+        policy = gold(rows["query"], [greedy for (greedy,) in texts["greedy"]], rarity=rows["rarity"])
+        return {
+            "gold_reference": round(statistics.mean(human), 3),
+            "gold_sft": round(statistics.mean(policy), 3),
+            "sft_win_rate": statistics.mean(p > h for p, h in zip(policy, human)),
+        }
+
+    def rm(folder):
+        set_seed(args.seed)
+        rows = load_from_disk(task.folder / "data")
+        texts = json.loads((task.folder / "samples" / "samples.json").read_text())
+        tokenizer = AutoTokenizer.from_pretrained(task.folder / "sft")
+        pairs = {}
+        for split in ("train", "validation"):
+            columns = rows[split][: len(texts[split])]
+            first, second = map(list, zip(*texts[split]))
+            if split == "train":  # every fourth pair has the human reference, so that the model learns its style too
+                first[::4] = columns["reference"][::4]
+            pairs[split] = ordered(columns, first, second)
+        with fast():
+            model = train_reward_model(
+                task.folder / "sft", tokenizer, *map(list, zip(*pairs["train"])), 16, 2e-5, log_every=10
+            )
+            queries, better, worse = map(list, zip(*pairs["validation"]))
+            scores = [score(model, tokenizer, queries, texts, batch=32) for texts in (better, worse)]
+        save(folder, model, tokenizer)
+        accuracy = statistics.mean(b > w for b, w in zip(*scores))
+        return {split: len(p) for split, p in pairs.items()} | {"validation_pair_accuracy": round(accuracy, 3)}
 
     task.stage("data", data)
     task.stage("sft", sft_policy)
     task.stage("samples", samples)
-    raise SystemExit
+    task.stage("rm", rm)
+    task.finish()
 
 
 if __name__ == "__main__":
