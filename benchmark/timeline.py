@@ -40,7 +40,8 @@ def draw(folder: str, seconds: float = 15.0) -> str:
     row = {"generator": 1, "learner": 0}
     for track, name, start, length, details in bars:
         if name in COLORS and end - seconds <= start < end:
-            axes[0].barh(row[track], length, left=start - end + seconds, color=COLORS[name], height=0.7, edgecolor="white")
+            style = dict(color=COLORS[name], height=0.7, edgecolor="white")
+            axes[0].barh(row[track], length, left=start - end + seconds, **style)
             label = {"generate": details.get("request", ""), "learn": f"learn {details.get('step')}"}.get(name, "")
             if length > seconds / 30:
                 middle = start - end + seconds + length / 2

@@ -1,0 +1,37 @@
+"""One line a run, as CSV: python -m benchmark.table RUN_FOLDER... > benchmark/results/NAME.csv
+
+First and last evaluation, times (seconds, medians of steps without evaluation), and where the numbers come from.
+"""
+
+import csv
+import json
+import os
+import sys
+
+
+def row(folder: str) -> dict:
+    """The row of one finished run, from its config.json and summary.json."""
+    with open(os.path.join(folder, "config.json")) as f:
+        config = json.load(f)
+    with open(os.path.join(folder, "summary.json")) as f:
+        summary = json.load(f)
+    args, first, last = config["args"], summary["evals"][0], summary["evals"][-1]
+    names = ("win_rate", "gold_score", "score", "kl", "perplexity", "response_length")
+    both = (("first", first), ("last", last))
+    numbers = {f"{name}_{when}": e[name] for name in names for when, e in both if name in e}
+    numbers["win_rate_best"] = max(e["win_rate"] for e in summary["evals"])
+    times = {name: summary[name] for name in ("generation", "learning", "step", "ideal_step", "overlap")}
+    times |= {name: summary[name] for name in ("speedup_ideal", "speedup_measured", "timed_steps")}
+    kept = {name: args[name] for name in ("seed", "max_staleness", "loss", "learning_rate", "total_episodes")}
+    where = {"command": config["command"], "commit": config["commit"], "machine": config["machine"]["platform"]}
+    where |= {"cores": config["machine"]["cores"]} | config["versions"]
+    return kept | {k: round(v, 4) for k, v in (numbers | times).items()} | where
+
+
+if __name__ == "__main__":
+    rows = [row(folder) for folder in sys.argv[1:]]
+    if not rows:
+        raise SystemExit("table: name the folders of finished runs, such as runs/*")
+    writer = csv.DictWriter(sys.stdout, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
