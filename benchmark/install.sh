@@ -19,7 +19,7 @@ memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1048576))
 [ "$memory" -ge 5 ] || fail "$memory GiB of memory: 6 GiB are needed"
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v -E '^WARNING|^$|which is not installed' >&2); }
+pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v -E "^WARNING|^$|which is not installed|pip's dependency resolver" >&2); }
 echo "install: $device, into .venv (about 2 minutes)"
 if [ "$device" = cuda ]; then
     pip -r requirements.txt -r requirements-dev.txt

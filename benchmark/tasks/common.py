@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,9 +29,11 @@ class Preparation:
     """The folder of one task. Each stage is built in STAGE.tmp and renamed when complete, so a rerun continues."""
 
     def __init__(self, name, args):
-        torch.set_num_threads(1)  # small models gain nothing from a second core, and the bytes depend on the number
         self.folder = Path("tasks") / name
         self.args = json.loads(json.dumps(dataclasses.asdict(args)))
+        transformers.logging.set_verbosity_error()  # a new score head is reported as missing weights
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         self.info = {"args": self.args, "seconds": {}, "numbers": {}}
         path = next((p for p in (self.folder / "info.json", self.folder / "progress.json") if p.exists()), None)
         old = json.loads(path.read_text()) if path else None

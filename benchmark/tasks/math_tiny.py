@@ -14,6 +14,7 @@ import random
 import re
 from dataclasses import dataclass
 
+import torch
 import tyro
 from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -98,6 +99,7 @@ def accuracy(model, tokenizer, data, temperature=0.01, samples=1):
 def main(args: Args):
     """Prepare the folder, stage by stage."""
     task = common.Preparation("math-tiny", args)
+    torch.set_num_threads(1)  # the bytes depend on the number of threads, and so small a model gains little
     if task.done:
         return
 
