@@ -57,9 +57,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# 1. Arguments ---------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
     model: str = "tasks/tldr-tiny/sft-m"
@@ -124,13 +122,13 @@ class Args:
     eval_prompts: int = 256
     """number of held-out prompts of an evaluation"""
 
-    # ------------------------------------------------------------------------------------------------ Online DPO
+    # Online DPO
     loss: Literal["dpo", "ipo", "best_of_k"] = "dpo"
     """dpo: sigmoid loss; ipo: squared loss; best_of_k: -log pi of the best sample (SFT on it)"""
     beta: float = 0.1
     """strength of the pull to the reference (dpo, ipo)"""
 
-    # ------------------------------------------------------------------------------------------------ derived
+    # Derived
     num_batches: int = field(init=False, default=0)  # generated batches in the run
     num_prompts: int = field(init=False, default=0)  # B: prompts per generated batch
 
@@ -142,9 +140,7 @@ class Args:
             self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Helpers: log-probabilities, data, rewards
-# ---------------------------------------------------------------------------------------------------------------------
+# 2. Helpers: log-probabilities, data, rewards -------------------------------------------------------------------------
 def pad(rows: list[list], value) -> Tensor:
     """Right-pad rows of different lengths into one (len(rows), longest) tensor."""
     longest = max(map(len, rows))
@@ -169,14 +165,6 @@ def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Ten
     logits = model.get_output_embeddings()(hidden[row, position]).float() / temperature  # (tokens, V)
     logprobs = -F.cross_entropy(logits, input_ids[row, position + 1], reduction="none")  # (tokens,)
     return torch.zeros(mask.shape, device=mask.device).index_put((row, column), logprobs)  # (n, R)
-
-
-def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
-    """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
-    on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
-    data = load_from_disk(args.dataset)[split] if on_disk else load_dataset(args.dataset, split=split)
-    data = data.map(lambda rows: {"input_ids": tokenizer(rows[args.query_column]).input_ids}, batched=True)
-    return data.filter(lambda row: 0 < len(row["input_ids"]) <= args.prompt_length)
 
 
 def prompt_rows(args: Args, size: int, t: int) -> list[int]:
@@ -224,9 +212,7 @@ def autocast(args: Args, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The generator: vLLM on its own thread and device
-# ---------------------------------------------------------------------------------------------------------------------
+# 3. The generator: vLLM on its own thread and device ------------------------------------------------------------------
 @dataclass
 class Weights:
     """A snapshot of the policy: never changed once made, so the optimizer may go on while the generator reads it."""
@@ -277,10 +263,6 @@ class Generator(threading.Thread):
         self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
 
-    # The learner's side -------------------------------------------------------------------------------------------
-    def submit(self, request: Request) -> None:
-        self.requests.put(request)
-
     def receive(self, name: str) -> Rollout:
         """Wait for the rollout of the request of that name. Raises what the generator raised, or TimeoutError."""
         while name not in self.arrived:
@@ -298,7 +280,6 @@ class Generator(threading.Thread):
         self.requests.put(None)
         self.join(timeout=60)
 
-    # The generator's side -----------------------------------------------------------------------------------------
     def run(self) -> None:
         llm = None
         try:
@@ -327,18 +308,9 @@ class Generator(threading.Thread):
 
         # The probe rides along: a fixed sequence whose log-probabilities tell which weights the engine has.
         prompts = [self.probe] + request.prompts
-        params = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)]
-        params += [
-            SamplingParams(
-                max_tokens=self.args.response_length,
-                temperature=request.temperature,
-                seed=seed,
-                logprobs=0,
-                stop_token_ids=[self.eos_id],
-                detokenize=False,
-            )
-            for seed in request.seeds
-        ]
+        common = dict(max_tokens=self.args.response_length, stop_token_ids=[self.eos_id], logprobs=0, detokenize=False)
+        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)]
+        params += [SamplingParams(temperature=request.temperature, seed=seed, **common) for seed in request.seeds]
         with self.trace("generator", "generate", request=request.name, version=request.weights.version):
             # The engine sees all requests before its first step: batches, and so rounding, never depend on timing.
             llm.sleep(level=0, mode="keep")
@@ -399,33 +371,6 @@ def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
     return llm, cuda_sender(llm, plan)
 
 
-def cuda_sender(llm, plan: "DevicePlan") -> Callable:
-    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL between two GPUs."""
-    from vllm.distributed.weight_transfer.base import ModuleSource
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-    client = types.SimpleNamespace(  # vLLM has such a client for HTTP and for Ray; this one is for an LLM beside us
-        init_weight_transfer_engine=lambda info: llm.init_weight_transfer_engine({"init_info": info}),
-        start_weight_update=llm.start_weight_update,
-        update_weights=lambda info: llm.update_weights({"update_info": info}),
-        finish_weight_update=llm.finish_weight_update,
-    )
-    snapshot = types.SimpleNamespace(named_parameters=dict)
-    if plan.transfer == "ipc":
-        info = IPCTrainerInitInfo(rank=0)
-    else:
-        info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=free_port(), world_size=2, rank=0)
-    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
-
-    def send_weights(llm, weights: Weights) -> None:
-        snapshot.named_parameters = weights.tensors.items
-        engine.send_weights()
-
-    return send_weights
-
-
 @torch.no_grad()
 def snapshot_weights(policy, version: int, probe: Tensor, args: Args, folder: str) -> Weights:
     """Copy the policy's weights, in the generator's type, to where the generator can take them at any later time.
@@ -451,9 +396,7 @@ def snapshot_weights(policy, version: int, probe: Tensor, args: Args, folder: st
     return Weights(version, tensors if probe.is_cuda else None, path, logprobs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The algorithm: Online DPO
-# ---------------------------------------------------------------------------------------------------------------------
+# 4. The algorithm: Online DPO -----------------------------------------------------------------------------------------
 @dataclass
 class Batch:
     """The learner's share of a rollout, with what is needed to learn from it."""
@@ -497,12 +440,7 @@ def loss_fn(
         losses = (margin - 1 / (2 * args.beta)) ** 2
     else:
         losses = -chosen_logprobs
-    metrics = {
-        "loss": losses,
-        "kl": (chosen + rejected) / 2,
-        "margin": margin,
-        "accuracy": (margin > 0).float(),
-    }
+    metrics = {"loss": losses, "kl": (chosen + rejected) / 2, "margin": margin, "accuracy": (margin > 0).float()}
     return losses, {k: v.detach() for k, v in metrics.items()}
 
 
@@ -569,9 +507,7 @@ def learn(policy, optimizer, batch: Batch, t: int, args: Args) -> dict[str, floa
     return means | {"learning_rate": optimizer.param_groups[0]["lr"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# 5. Evaluation --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
     """Judge near-greedy responses to held-out prompts.
@@ -608,9 +544,7 @@ def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, t
     return metrics | {"response_length": float(np.mean([len(r) for r in responses]))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The run
-# ---------------------------------------------------------------------------------------------------------------------
+# 6. The run -----------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     check_args(args)
     plan = device_plan()
@@ -641,7 +575,7 @@ def main(args: Args) -> None:
             prompts = train_data[prompt_rows(args, len(train_data), t)]["input_ids"]
             prompts = [p for p in prompts for _ in range(args.samples_per_prompt)]  # prompt-major, N rows
             seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(prompts)).tolist()
-            generator.submit(Request(f"batch-{t}", weights, prompts, args.temperature, seeds))
+            generator.requests.put(Request(f"batch-{t}", weights, prompts, args.temperature, seeds))
 
     try:
         for t in range(args.num_batches + 1):
@@ -653,7 +587,7 @@ def main(args: Args) -> None:
                 due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
                 if due:
                     prompts = eval_columns["input_ids"]
-                    generator.submit(Request(f"eval-{t}", weights, prompts, 0.01, [args.seed] * len(prompts)))
+                    generator.requests.put(Request(f"eval-{t}", weights, prompts, 0.01, [args.seed] * len(prompts)))
                 for ahead in range(args.max_staleness + 1) if t == 0 else [args.max_staleness]:
                     submit(t + ahead, weights)
                 if due:  # training waits: the policy judged is the policy that generated
@@ -692,9 +626,7 @@ def main(args: Args) -> None:
             dist.destroy_process_group()
 
 
-# =====================================================================================================================
-# Plumbing: the same in every script, and not needed to understand the algorithm
-# =====================================================================================================================
+# Plumbing: the same in every script, and not needed to understand the algorithm ======================================
 @dataclass
 class DevicePlan:
     """Who runs where."""
@@ -741,6 +673,33 @@ def start_learner(args: Args, plan: DevicePlan) -> tuple[int, int, torch.device]
     return int(os.environ.get("RANK", 0)), world, plan.device
 
 
+def cuda_sender(llm, plan: "DevicePlan") -> Callable:
+    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL between two GPUs."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    client = types.SimpleNamespace(  # vLLM has such a client for HTTP and for Ray; this one is for an LLM beside us
+        init_weight_transfer_engine=lambda info: llm.init_weight_transfer_engine({"init_info": info}),
+        start_weight_update=llm.start_weight_update,
+        update_weights=lambda info: llm.update_weights({"update_info": info}),
+        finish_weight_update=llm.finish_weight_update,
+    )
+    snapshot = types.SimpleNamespace(named_parameters=dict)
+    if plan.transfer == "ipc":
+        info = IPCTrainerInitInfo(rank=0)
+    else:
+        info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=free_port(), world_size=2, rank=0)
+    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
+
+    def send_weights(llm, weights: Weights) -> None:
+        snapshot.named_parameters = weights.tensors.items
+        engine.send_weights()
+
+    return send_weights
+
+
 def share_rollout(rollout: Rollout | None, rows: list[int], args: Args) -> tuple[Rollout, list[int]]:
     """Give every learner its share: prompts rank, rank + world, ... with their K responses, and their row numbers."""
     if not dist.is_initialized():
@@ -766,6 +725,14 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
+    """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
+    on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
+    data = load_from_disk(args.dataset)[split] if on_disk else load_dataset(args.dataset, split=split)
+    data = data.map(lambda rows: {"input_ids": tokenizer(rows[args.query_column]).input_ids}, batched=True)
+    return data.filter(lambda row: 0 < len(row["input_ids"]) <= args.prompt_length)
 
 
 def is_function(spec: str) -> bool:
