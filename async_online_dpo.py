@@ -563,11 +563,6 @@ def main(args: Args) -> None:
         weights = snapshot_weights(policy, 0, probe, args, run.shared_folder)
         generator = Generator(args, plan, weights, probe[0].tolist(), tokenizer.eos_token_id, trace)
         generator.start()
-    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-    reference.requires_grad_(False)
-    reward = make_reward(args.reward, tokenizer, args, device)
-    gold = make_reward(args.gold, tokenizer, args, device) if args.gold else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
 
     def submit(t: int, weights: Weights) -> None:
         """Ask for batch t: K responses to each of its B prompts, made with these weights."""
@@ -578,6 +573,12 @@ def main(args: Args) -> None:
             generator.requests.put(Request(f"batch-{t}", weights, prompts, args.temperature, seeds))
 
     try:
+        reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+        reference.requires_grad_(False)
+        reward = make_reward(args.reward, tokenizer, args, device)
+        gold = make_reward(args.gold, tokenizer, args, device) if args.gold else None
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+
         for t in range(args.num_batches + 1):
             # 1. Submit: batch t + S goes out with version t. The first S batches have only version 0 to be made by.
             if rank == 0:

@@ -1,0 +1,67 @@
+"""The tasks' rules: rewards by hand, held-out problems, the same bytes for the same seed. No model is trained here."""
+
+import json
+import random
+import re
+
+from benchmark.tasks import docstrings, math_tiny, tldr_tiny
+
+FACTS = dict(actor="boss", action="broke", object="phone", place="office", day="monday", feeling="angry", plan="leave")
+
+
+def tldr(response):
+    return tldr_tiny.gold([""], [response], facts=[json.dumps(FACTS)])[0]
+
+
+def test_tldr_gold_counts_facts_and_punishes_errors():
+    base = tldr("my boss broke my phone")
+    assert base == 1.5  # three facts worth a half each, nothing wrong
+    assert tldr("my boss broke my phone should i leave ?") == base + 1.5
+    assert tldr("my boss broke my phone should i call ?") == base - 0.7  # a wrong fact
+    assert tldr("my boss broke my phone my phone") < base  # repeated, and no grammar for it
+    assert tldr("phone boss my") < base
+    full = "my boss broke my phone at the office on monday and i feel angry should i leave ?"
+    assert tldr(full) > tldr(full + " also my aunt likes my car")
+    assert tldr(full) > tldr(full + " and i feel angry" * 3)
+
+
+def test_tldr_posts_hold_their_facts_and_repeat_with_the_seed():
+    rows = [tldr_tiny.make_row(random.Random(seed)) for seed in (1, 1, 2)]
+    assert rows[0] == rows[1] != rows[2]
+    for row in rows:
+        words = row["query"].split()
+        assert all(value in words for value in json.loads(row["facts"]).values())
+        assert row["query"].endswith("TL;DR:") and row["reference"].startswith(" my ")
+
+
+def test_math_reward_reads_the_number_after_the_hashes():
+    reference = [" 12+7=19, 19-2=17\n#### 17"] * 5
+    answers = [" #### 17", " 1+1=2\n#### 17", " 17", " #### 170", " #### 71"]
+    assert math_tiny.reward([""] * 5, answers, reference=reference) == [1, 1, 0, 0, 0]
+
+
+def test_math_references_are_right_and_splits_share_no_problem():
+    splits = {name: math_tiny.problems(name, 300, seed=1) for name in ("train", "validation", "development")}
+    seen = {}
+    for name, rows in splits.items():
+        for query, reference in zip(rows["query"], rows["reference"]):
+            for sum_, result in re.findall(r"(\d+[-+*]\d+)=(\d+)", reference):
+                assert eval(sum_) == int(result)
+            assert reference.endswith(f"#### {result}")
+            key = re.sub(r"[A-Z][a-z]+|apples|books|coins|eggs|nuts|pens|shells|stamps", "", query)
+            seen.setdefault(key, set()).add(name)
+    assert all(len(names) == 1 for names in seen.values())
+    assert splits["train"][:] == math_tiny.problems("train", 300, seed=1)[:]
+
+
+def test_docstrings_gold_prefers_a_sentence_about_the_description():
+    prompt = "Reads the configuration from a file and returns the parsed settings as a dictionary."
+    rarity = [json.dumps({word: 1.0 for word in docstrings.stems(prompt)})]
+
+    def gold(text):
+        return docstrings.gold([prompt], [text], rarity=rarity)[0]
+
+    good = gold("Return the settings that a configuration file holds as a dictionary.")
+    assert 0 <= gold("") < gold("Do something with it all.") < good <= 10
+    assert gold("return the settings that a configuration file holds as a dictionary") < good
+    assert gold("Reads the configuration from a file and returns the parsed settings.") < good  # copied
