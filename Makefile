@@ -1,7 +1,7 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 python = .venv/bin/python
 
-.PHONY: help install demo docstrings math test lint copies clean
+.PHONY: help install demo docstrings math test clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -27,5 +27,5 @@ test: install  ## all tests
 	@$(python) -m ruff check .
 	@$(python) -m pytest -q
 
-clean:  ## delete the environment, the tasks and the runs
-	rm -rf .venv tasks runs
+clean:  ## delete the environment and the prepared tasks (not the runs)
+	rm -rf .venv tasks

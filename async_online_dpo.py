@@ -6,7 +6,7 @@ Five steps, for every batch t (arXiv 2410.18252; Online DPO: arXiv 2402.04792):
   2. generate  vLLM, on its own thread and device, loads that snapshot and samples K responses a prompt
   3. label     a reward model or function scores the responses; best and worst of K are the pair of a prompt
   4. refer     the frozen starting policy (the reference) gives its log-probabilities of both
-  5. learn     N mini-batches x T epochs of the DPO loss on the pairs; the weights are now version t+1
+  5. learn     T epochs of num_mini_batches updates with the DPO loss on the pairs; the weights are now version t+1
 Step 2 runs beside steps 3-5. Batch t is always made by version max(0, t-S), whichever side is faster, so an
 asynchronous run is reproducible; S=0 is the synchronous algorithm. Two things differ from textbook DPO: the pairs are
 sampled and labelled during training, and the weights that sampled them are up to S versions old.
@@ -29,6 +29,7 @@ import queue
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import Literal
@@ -86,7 +88,7 @@ class Args:
     total_episodes: int = 12_800
     """completions to generate and learn from in the whole run"""
     batch_size: int = 128
-    """completions per optimizer update"""
+    """completions per optimizer update; a generated batch has num_mini_batches times as many"""
     micro_batch_size: int = 64
     """completions per forward and backward pass (memory, not results)"""
     samples_per_prompt: int = 2
@@ -116,7 +118,7 @@ class Args:
     gpu_memory_utilization: float = 0.3
     """share of its GPU that vLLM may take (on one GPU the learner needs the rest)"""
     timeout: float = 600.0
-    """seconds that one side may wait for the other before the run ends with an error"""
+    """seconds that the learner may wait for the generator (its start included) before the run ends with an error"""
     eval_every: int = 25
     """evaluate every so many batches, and after the last; 0: never"""
     eval_prompts: int = 256
@@ -147,11 +149,6 @@ def pad(rows: list[list], value) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values over the places where mask is true; padding never counts."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
 def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """log pi(token | before) of every response token, under logits / temperature.
 
@@ -168,7 +165,7 @@ def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Ten
 
 
 def prompt_rows(args: Args, size: int, t: int) -> list[int]:
-    """Row numbers of batch t's B prompts: a pure function of t, every row once an epoch, each epoch reshuffled."""
+    """Row numbers of batch t's B prompts, a pure function of t. Every epoch is reshuffled; its last size % B rest."""
     epoch, i = divmod(t, size // args.num_prompts)
     order = np.random.default_rng((args.seed, epoch)).permutation(size)
     return order[i * args.num_prompts : (i + 1) * args.num_prompts].tolist()
@@ -187,7 +184,10 @@ def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Calla
         def reward(queries, responses, columns):
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
-            return torch.tensor(function(columns[args.query_column], texts, **others), dtype=torch.float32)
+            scores = function(columns[args.query_column], texts, **others)
+            if len(scores) != len(texts):
+                raise ValueError(f"{spec} returned {len(scores)} scores for {len(texts)} responses")
+            return torch.tensor(scores, dtype=torch.float32)
 
         return reward
 
@@ -252,7 +252,7 @@ class Rollout:
 class Generator(threading.Thread):
     """Owns the vLLM engine. Takes requests and gives rollouts in the same order, through two queues.
 
-    The engine's core is a child process, so this thread only waits on a socket and the learner keeps the GIL.
+    The engine is a child process, so this thread mostly waits on a socket and the learner keeps the GIL.
     """
 
     def __init__(self, args: Args, plan: "DevicePlan", weights: Weights, probe: list[int], eos_id: int, trace: "Trace"):
@@ -262,6 +262,7 @@ class Generator(threading.Thread):
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
+        self.llm = None
 
     def receive(self, name: str) -> Rollout:
         """Wait for the rollout of the request of that name. Raises what the generator raised, or TimeoutError."""
@@ -277,31 +278,36 @@ class Generator(threading.Thread):
         return self.arrived.pop(name)
 
     def close(self) -> None:
+        """Drop what is queued, let the batch in work end, and shut the engine down."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.requests.get_nowait()
         self.requests.put(None)
         self.join(timeout=60)
+        if self.is_alive() and self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
 
     def run(self) -> None:
-        llm = None
         try:
-            llm, self.send_weights = start_engine(self.args, self.plan, self.weights)
+            self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
                 waited = time.perf_counter() - idle
-                self.rollouts.put(self.generate(llm, request, waited))
+                self.rollouts.put(self.generate(self.llm, send_weights, request, waited))
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
             self.rollouts.put(error)
         finally:
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
+            if self.llm is not None:
+                self.llm.llm_engine.engine_core.shutdown()
 
-    def generate(self, llm, request: Request, waited: float) -> Rollout:
+    def generate(self, llm, send_weights: Callable, request: Request, waited: float) -> Rollout:
         from vllm import SamplingParams
 
         start = time.perf_counter()
         if self.weights is not request.weights:
             with self.trace("generator", "load weights", version=request.weights.version):
-                self.send_weights(llm, request.weights)
+                send_weights(request.weights)
             shutil.rmtree(self.weights.path, ignore_errors=True)
             self.weights = request.weights
         loaded = time.perf_counter()
@@ -335,42 +341,6 @@ class Generator(threading.Thread):
         )
 
 
-def start_engine(args: Args, plan: "DevicePlan", weights: Weights) -> tuple:
-    """Start vLLM with these weights. Returns (llm, send_weights): send_weights(llm, weights) loads a snapshot."""
-    os.environ.update(plan.engine_env)
-    os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
-    from vllm import LLM
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    options = {}
-    if plan.transfer != "reload":
-        from vllm.config import WeightTransferConfig
-
-        options = {
-            "weight_transfer_config": WeightTransferConfig(backend=plan.transfer),
-            "gpu_memory_utilization": args.gpu_memory_utilization,
-        }
-    llm = LLM(
-        model=weights.path,
-        dtype=args.dtype,
-        seed=args.seed,
-        max_model_len=args.prompt_length + args.response_length + 1,
-        enable_prefix_caching=False,  # cached keys and values would be those of older weights
-        logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
-        enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
-        max_num_batched_tokens=max(8192, args.prompt_length + args.response_length + 1),
-        distributed_executor_backend=UniProcExecutor,  # no third process, whose message queue would spin on a core
-        enforce_eager=plan.transfer == "reload",
-        use_tqdm_on_load=False,
-        disable_log_stats=True,
-        skip_tokenizer_init=True,
-        **options,
-    )
-    if plan.transfer == "reload":
-        return llm, lambda llm, weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
-    return llm, cuda_sender(llm, plan)
-
-
 @torch.no_grad()
 def snapshot_weights(policy, version: int, probe: Tensor, args: Args, folder: str) -> Weights:
     """Copy the policy's weights, in the generator's type, to where the generator can take them at any later time.
@@ -392,7 +362,7 @@ def snapshot_weights(policy, version: int, probe: Tensor, args: Args, folder: st
         config.save_pretrained(path)
         save_file(tensors, os.path.join(path, "model.safetensors"))
     if probe.is_cuda:
-        torch.cuda.synchronize()  # the generator's thread uses another stream
+        torch.cuda.synchronize()  # vLLM may read it from a stream of its own
     return Weights(version, tensors if probe.is_cuda else None, path, logprobs)
 
 
@@ -414,7 +384,7 @@ class Batch:
 def choose_pairs(scores: Tensor, samples_per_prompt: int) -> tuple[Tensor, Tensor]:
     """Rows (B,) and (B,) of the best and the worst of each prompt's K samples; scores (N,), prompt-major.
 
-    Where all K are equal both are the same row, whose loss has no gradient.
+    Where all K are equal both are the same row: no gradient in dpo and ipo.
     """
     by_prompt = scores.view(-1, samples_per_prompt)  # (B, K)
     first = torch.arange(len(by_prompt)) * samples_per_prompt
@@ -477,7 +447,7 @@ def batch_logprobs(model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
 
 
 def learn(policy, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
-    """T epochs of N mini-batches, an optimizer update each. Returns metrics: means over all that was learned from."""
+    """T epochs of num_mini_batches updates on this learner's pairs. Returns metrics: means over those pairs."""
     metrics = defaultdict(list)
     updates = args.num_epochs * args.num_mini_batches
     for u in range(updates):
@@ -493,17 +463,15 @@ def learn(policy, optimizer, batch: Batch, t: int, args: Args) -> dict[str, floa
             losses, micro_metrics = loss_fn(*pair, *ref_pair, args)
             (losses.sum() / len(mini)).backward()
             for name, values in micro_metrics.items():
-                metrics[name].append(values.mean().repeat(len(micro)))
-            logratio = ((logprobs - behaviour) * mask).detach()  # (2b, R): how far the learner has moved since
-            metrics["logratio"].append(masked_mean(logratio.abs(), mask).repeat(len(micro)))
-            metrics["logratio_max"].append(logratio.abs().max().repeat(len(micro)))
+                metrics[name].append(values)
+            metrics["logratio"].append((logprobs - behaviour)[mask].abs().detach())  # how far pi has moved since mu
         average_gradients(policy)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-        metrics["grad_norm"].append(norm.repeat(len(mini)))
+        metrics["grad_norm"].append(norm[None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     means = {name: torch.cat(values).mean().item() for name, values in metrics.items()}
-    means["logratio_max"] = torch.cat(metrics["logratio_max"]).max().item()
+    means["logratio_max"] = torch.cat(metrics["logratio"]).max().item()
     return means | {"learning_rate": optimizer.param_groups[0]["lr"]}
 
 
@@ -522,7 +490,8 @@ def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, t
     scores = torch.where(ended, reward(queries, responses, columns), args.missing_eos_score)
     metrics = {"score": scores.mean().item(), "ended": ended.float().mean().item()}
     if gold is not None:
-        human = [ids + [tokenizer.eos_token_id] for ids in tokenizer(columns[args.reference_column]).input_ids]
+        human = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
+        human = [ids + [tokenizer.eos_token_id] for ids in human]
         gold_scores = gold(queries, responses, columns)
         metrics["win_rate"] = (gold_scores > gold(queries, human, columns)).float().mean().item()
         metrics["gold_score"] = gold_scores.mean().item()
@@ -555,14 +524,7 @@ def main(args: Args) -> None:
     eval_columns = eval_data[: args.eval_prompts]
     run = Run(args) if rank == 0 else None
     trace = run.trace if run else Trace()
-
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()  # eval: no dropout
-    if rank == 0:  # the engine starts from version 0, while the learner goes on loading
-        probe = train_data[0]["input_ids"] + tokenizer(train_data[0][args.reference_column]).input_ids
-        probe = torch.tensor([probe[: args.prompt_length]], device=device)  # (1, L)
-        weights = snapshot_weights(policy, 0, probe, args, run.shared_folder)
-        generator = Generator(args, plan, weights, probe[0].tolist(), tokenizer.eos_token_id, trace)
-        generator.start()
+    generator = None
 
     def submit(t: int, weights: Weights) -> None:
         """Ask for batch t: K responses to each of its B prompts, made with these weights."""
@@ -573,6 +535,13 @@ def main(args: Args) -> None:
             generator.requests.put(Request(f"batch-{t}", weights, prompts, args.temperature, seeds))
 
     try:
+        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()  # no dropout
+        if rank == 0:  # the engine starts from version 0, while the learner goes on loading
+            probe = train_data[0]["input_ids"] + train_data[1 % len(train_data)]["input_ids"]  # any fixed text
+            probe = torch.tensor([probe[: args.prompt_length]], device=device)  # (1, L)
+            weights = snapshot_weights(policy, 0, probe, args, run.shared_folder)
+            generator = Generator(args, plan, weights, probe[0].tolist(), tokenizer.eos_token_id, trace)
+            generator.start()
         reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
         reference.requires_grad_(False)
         reward = make_reward(args.reward, tokenizer, args, device)
@@ -594,6 +563,7 @@ def main(args: Args) -> None:
                 if due:  # training waits: the policy judged is the policy that generated
                     with trace("learner", "evaluate", step=t):
                         rollout = generator.receive(f"eval-{t}")
+                        check_rollout(rollout, t, args)
                         judges = (policy, reference, reward, gold, tokenizer)
                         run.log_eval(t, evaluate(rollout, eval_columns, *judges, args, device), rollout, tokenizer)
             if t == args.num_batches:
@@ -604,7 +574,7 @@ def main(args: Args) -> None:
             if rank == 0:
                 with trace("learner", "wait", step=t):
                     rollout = generator.receive(f"batch-{t}")
-                check_rollout(rollout, t, args)
+                check_rollout(rollout, max(0, t - args.max_staleness), args)
             rollout, rows = share_rollout(rollout, prompt_rows(args, len(train_data), t), args)
             columns = train_data[[row for row in rows for _ in range(args.samples_per_prompt)]]
 
@@ -620,8 +590,9 @@ def main(args: Args) -> None:
             tokenizer.save_pretrained(run.policy_folder)
             run.finish()
     finally:
-        if rank == 0:
+        if generator:
             generator.close()
+        if run:
             run.close()
         if world > 1:
             dist.destroy_process_group()
@@ -647,7 +618,10 @@ def device_plan() -> DevicePlan:
     if torch.cuda.is_available():
         gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
         if gpus > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(gpus - 1)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpus - 1]
+        else:  # handles of CUDA memory travel pickled, from this process to the engine that it started
+            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return DevicePlan(torch.device("cuda", local_rank), set(cores), set(cores), env, "nccl" if gpus > 1 else "ipc")
     # Two pools of OpenMP threads on the same cores spin against each other: keep them apart.
     learner, generator = set(cores[: len(cores) // 2] or cores), set(cores[len(cores) // 2 :])
@@ -658,10 +632,12 @@ def device_plan() -> DevicePlan:
 
 def start_learner(args: Args, plan: DevicePlan) -> tuple[int, int, torch.device]:
     """Seed, pin the cores and join the process group of torchrun, if any. Returns (rank, world size, device)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave as on Ctrl-C, through the cleaning up
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("vllm").setLevel(logging.ERROR)  # before vLLM has read VLLM_LOGGING_LEVEL
     torch.manual_seed(args.seed)
+    os.environ.update(plan.engine_env)
     if plan.device.type == "cpu":
         os.sched_setaffinity(0, plan.learner_cores)
         torch.set_num_threads(len(plan.learner_cores))
@@ -670,11 +646,47 @@ def start_learner(args: Args, plan: DevicePlan) -> tuple[int, int, torch.device]
         torch.cuda.set_device(plan.device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
+        backend = "nccl" if plan.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * args.timeout))
     return int(os.environ.get("RANK", 0)), world, plan.device
 
 
-def cuda_sender(llm, plan: "DevicePlan") -> Callable:
+def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
+    """Start vLLM with these weights. Returns (llm, send_weights): send_weights(weights) loads a snapshot."""
+    os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
+    from vllm import LLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    options = {}
+    if plan.transfer != "reload":
+        from vllm.config import WeightTransferConfig
+
+        options = {
+            "weight_transfer_config": WeightTransferConfig(backend=plan.transfer),
+            "gpu_memory_utilization": args.gpu_memory_utilization,
+        }
+    llm = LLM(
+        model=weights.path,
+        dtype=args.dtype,
+        seed=args.seed,
+        max_model_len=args.prompt_length + args.response_length + 1,
+        enable_prefix_caching=False,  # cached keys and values would be those of older weights
+        logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
+        enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
+        max_num_batched_tokens=max(8192, args.prompt_length + args.response_length + 1),
+        distributed_executor_backend=UniProcExecutor,  # no third process, whose message queue would spin on a core
+        enforce_eager=plan.transfer == "reload",
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+        skip_tokenizer_init=True,
+        **options,
+    )
+    if plan.transfer == "reload":
+        return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
+    return llm, cuda_sender(llm, plan)
+
+
+def cuda_sender(llm, plan: DevicePlan) -> Callable:
     """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL between two GPUs."""
     from vllm.distributed.weight_transfer.base import ModuleSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -694,7 +706,7 @@ def cuda_sender(llm, plan: "DevicePlan") -> Callable:
         info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=free_port(), world_size=2, rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
 
-    def send_weights(llm, weights: Weights) -> None:
+    def send_weights(weights: Weights) -> None:
         snapshot.named_parameters = weights.tensors.items
         engine.send_weights()
 
@@ -732,8 +744,12 @@ def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
     """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
     on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
     data = load_from_disk(args.dataset)[split] if on_disk else load_dataset(args.dataset, split=split)
-    data = data.map(lambda rows: {"input_ids": tokenizer(rows[args.query_column]).input_ids}, batched=True)
-    return data.filter(lambda row: 0 < len(row["input_ids"]) <= args.prompt_length)
+    for flag, column in (("query", args.query_column), ("reference", args.reference_column if args.gold else None)):
+        if column and column not in data.column_names:
+            stop(f"--{flag}-column {column}: split {split} of {args.dataset} has {', '.join(data.column_names)}")
+    ids = tokenizer(list(data[args.query_column])).input_ids
+    data = data.add_column("input_ids", ids)
+    return data.select([i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length])
 
 
 def is_function(spec: str) -> bool:
@@ -782,15 +798,20 @@ def check_args(args: Args) -> None:
                 stop(f"--{flag} {value} does not import: {error}")
     if args.output_dir and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is not empty: name a new folder")
-    if torch.cuda.device_count() > 1 and learners >= torch.cuda.device_count():
-        stop(f"{learners} learners on {torch.cuda.device_count()} GPUs: vLLM needs one, so start one learner less")
+    gpus = torch.cuda.device_count()
+    if gpus and learners > max(1, gpus - 1):
+        stop(f"{learners} learners on {gpus} GPU(s): start {max(1, gpus - 1)}, the last GPU is vLLM's")
 
 
 def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> None:
-    """Refuse a data set or a tokenizer that the run cannot use."""
+    """Refuse a data set or a tokenizer that the run cannot use, before any model loads."""
     for split, data in ((args.train_split, train), (args.eval_split, evaluation)):
         if len(data) == 0:
             stop(f"split {split} of {args.dataset} has no prompt within --prompt-length {args.prompt_length} tokens")
+    longest = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    if longest and args.prompt_length + args.response_length + 1 > longest:
+        stop(f"--prompt-length {args.prompt_length} + --response-length {args.response_length} + 1 is more than "
+             f"the {longest} positions of {args.model}: lower one")
     if len(train) < args.num_prompts:
         stop(f"{len(train)} prompts are fewer than the {args.num_prompts} of one batch: lower --batch-size")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -805,15 +826,17 @@ def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> No
                 stop(f"--{flag} {value}: pad_token_id in its config.json must be {tokenizer.pad_token_id}")
 
 
-def check_rollout(rollout: Rollout, t: int, args: Args) -> None:
-    """Which weights made this batch? Those of version max(0, t - S), by its label and by the probe."""
-    expected = max(0, t - args.max_staleness)
+def check_rollout(rollout: Rollout, expected: int, args: Args) -> None:
+    """Was this made by the weights of the expected version? By its label, and by the probe.
+
+    In float32 the probe tells neighbouring versions apart; in bfloat16 only grossly wrong weights.
+    """
     if rollout.version != expected:
-        raise RuntimeError(f"batch {t} was made by version {rollout.version}, not {expected}")
+        raise RuntimeError(f"{rollout.name} was made by version {rollout.version}, not {expected}")
     limit = 1e-3 if args.dtype == "float32" else 0.5
     if not rollout.probe_error <= limit:
-        raise RuntimeError(f"batch {t}: generator and learner differ by {rollout.probe_error:.4f} in a log-probability "
-                           f"of version {expected} (limit {limit}): the generator has other weights")
+        raise RuntimeError(f"{rollout.name}: generator and learner differ by {rollout.probe_error:.4f} in a "
+                           f"log-probability of version {expected} (limit {limit}): the generator has other weights")
 
 
 class Trace:
@@ -871,7 +894,7 @@ class Run:
         self.folder = args.output_dir or os.path.join("runs", name)
         self.policy_folder = os.path.join(self.folder, "policy")
         os.makedirs(self.folder, exist_ok=True)
-        self.shared_folder = tempfile.mkdtemp(prefix="async-rlhf-", dir="/dev/shm")
+        self.shared_folder = tempfile.mkdtemp(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")  # the engine reads it
         self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True)
         self.steps, self.evals, self.last = [], [], None
         self.config = {
@@ -917,6 +940,7 @@ class Run:
             "lag": t - rollout.version,  # in versions, between the weights that made the batch and those it updates
             "score": batch.scores.mean().item(),
             "score_gap": (batch.scores[batch.chosen] - batch.scores[batch.rejected]).mean().item(),
+            "ties": (batch.chosen == batch.rejected).float().mean().item(),
             "response_length": batch.mask.sum(1).float().mean().item(),
             "probe_error": rollout.probe_error,
             **metrics,
@@ -953,7 +977,7 @@ class Run:
         self.write("summary.json", {
             "evals": self.evals, "timed_steps": len(timed), "seconds": median, "generation": generation,
             "learning": learning, "step": median["step"], "ideal_step": ideal, "overlap": ideal / median["step"],
-            "speedup_ideal": total / ideal, "speedup_measured": total / median["step"],
+            "overlap_ratio_ideal": total / ideal, "overlap_ratio": total / median["step"],
         })
         print(f"\nWho waited for whom: the last four steps (G generate, w load weights; s snapshot, r label, L learn)\n"
               f"{self.trace.picture(4 * median['step']) if timed else ''}\n"
@@ -965,7 +989,8 @@ class Run:
               f"  learner waited         {median['wait']:7.2f}\n"
               f"  step                   {median['step']:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} "
               f"{ideal:.2f}, reached {ideal / median['step']:.0%}\n"
-              f"  speed-up over G + L    {total / median['step']:7.2f}   ideal {total / ideal:.2f}")
+              f"  (G + L) / step         {total / median['step']:7.2f}   ideal {total / ideal:.2f}, "
+              f"the predicted speed-up over both in turn")
         for record in [self.evals[0], self.evals[-1]] if self.evals else []:
             values = ", ".join(f"{name} {value:.3f}" for name, value in record.items() if name != "version")
             print(f"Evaluation of version {record['version']}: {values}")

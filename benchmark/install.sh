@@ -16,7 +16,7 @@ need=$([ "$device" = cpu ] && echo 8 || echo 25)
 free=$(($(df -Pk . | awk 'NR==2 {print $4}') / 1048576))
 [ "$free" -ge "$need" ] || fail "$free GiB free on this disk: $need GiB are needed"
 memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1048576))
-[ "$memory" -ge 5 ] || fail "$memory GiB of memory: 6 GiB are needed"
+[ "$memory" -ge 5 ] || fail "$memory GiB of memory: 5 GiB are needed"
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v -E "^WARNING|^$|which is not installed|pip's dependency resolver" >&2); }

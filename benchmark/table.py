@@ -21,7 +21,7 @@ def row(folder: str) -> dict:
     numbers = {f"{name}_{when}": e[name] for name in names for when, e in both if name in e}
     numbers["win_rate_best"] = max(e["win_rate"] for e in summary["evals"])
     times = {name: summary[name] for name in ("generation", "learning", "step", "ideal_step", "overlap")}
-    times |= {name: summary[name] for name in ("speedup_ideal", "speedup_measured", "timed_steps")}
+    times |= {name: summary[name] for name in ("overlap_ratio_ideal", "overlap_ratio", "timed_steps")}
     kept = {name: args[name] for name in ("seed", "max_staleness", "loss", "learning_rate", "total_episodes")}
     where = {"command": config["command"], "commit": config["commit"], "machine": config["machine"]["platform"]}
     where |= {"cores": config["machine"]["cores"]} | config["versions"]

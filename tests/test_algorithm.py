@@ -77,7 +77,7 @@ def test_loss_and_gradient_against_loops(task, loss):
 
 
 def test_dpo_swap_symmetry(task):
-    """Chosen and rejected swapped: the two losses are those of p and 1 - p, the gradients opposite."""
+    """Chosen and rejected swapped: the two losses are -log p and -log(1 - p)."""
     a, b, ref_a, ref_b = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
     args = make_args(task)
     one, two = script.loss_fn(a, b, ref_a, ref_b, args)[0], script.loss_fn(b, a, ref_b, ref_a, args)[0]
@@ -114,7 +114,7 @@ def test_padding_changes_nothing(task):
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
 
 
-def test_pairs_are_best_and_worst(task):
+def test_pairs_are_best_and_worst():
     rng = np.random.default_rng(3)
     scores = torch.tensor(rng.integers(0, 5, 24).astype(np.float32))
     chosen, rejected = script.choose_pairs(scores, 4)

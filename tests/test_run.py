@@ -52,6 +52,7 @@ def engine(task, tmp_path_factory):
     policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     folder = str(tmp_path_factory.mktemp("weights"))
     weights = script.snapshot_weights(policy, 0, torch.tensor([[5, 6, 7]]), args, folder)
+    os.environ.update(plan.engine_env)
     llm, send_weights = script.start_engine(args, plan, weights)
     os.sched_setaffinity(0, affinity)
     yield SharedEngine(llm), send_weights
@@ -70,11 +71,11 @@ def run(task, engine, monkeypatch, tmp_path):
         rollouts, make_batch, check = [], script.make_batch, script.check_rollout
 
         def start_engine(args, plan, weights):
-            send_weights(llm, weights)
+            send_weights(weights)
 
-            def send(llm, weights):
+            def send(weights):
                 before_load(weights)
-                send_weights(llm, weights)
+                send_weights(weights)
 
             return llm, send
 
@@ -82,9 +83,10 @@ def run(task, engine, monkeypatch, tmp_path):
             before_label()
             return make_batch(*args)
 
-        def record(rollout, t, args):
-            rollouts.append(rollout)
-            check(rollout, t, args)
+        def record(rollout, expected, args):
+            check(rollout, expected, args)
+            if rollout.name.startswith("batch"):
+                rollouts.append(rollout)
 
         with monkeypatch.context() as patch:
             patch.setattr(script, "start_engine", start_engine)
@@ -169,7 +171,7 @@ def test_a_pushed_weight_changes_what_is_generated(task, engine, tmp_path):
     prompt, params = [3, 10, 11, 12, 4], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     generated = []
     for version in (1, 2):
-        send_weights(llm, script.snapshot_weights(policy, version, torch.tensor([[5, 6]]), args, str(tmp_path)))
+        send_weights(script.snapshot_weights(policy, version, torch.tensor([[5, 6]]), args, str(tmp_path)))
         output = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0]
         want = list(prompt)
         with torch.no_grad():
@@ -207,10 +209,11 @@ def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path):
         rows = [row for row in script.prompt_rows(args, len(data), t) for _ in range(2)]
         prompts = data[rows]["input_ids"]
         weights = script.snapshot_weights(policy, t, probe, args, str(tmp_path / "plain"))
-        send_weights(llm, weights)
+        send_weights(weights)
         generator = script.Generator(args, None, weights, probe[0].tolist(), tokenizer.eos_token_id, script.Trace())
         seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(rows)).tolist()
-        rollout = generator.generate(llm, script.Request(str(t), weights, prompts, args.temperature, seeds), 0.0)
+        request = script.Request(str(t), weights, prompts, args.temperature, seeds)
+        rollout = generator.generate(llm, send_weights, request, 0.0)
         batch = script.make_batch(rollout, data[rows], reward, reference, tokenizer, args, cpu)
         script.learn(policy, optimizer, batch, t, args)
     trained = metrics(folder)[1]
@@ -226,6 +229,11 @@ def test_an_exception_in_the_generator_reaches_the_learner(run):
     with pytest.raises(RuntimeError, match="the generator failed: ValueError: broken on purpose"):
         run(before_load=fail)
     assert time.monotonic() - start < 60
+
+
+def test_a_reward_function_of_wrong_length_is_refused(run):
+    with pytest.raises(ValueError, match="tests.tiny:short_reward returned 31 scores for 32 responses"):
+        run(reward="tests.tiny:short_reward")
 
 
 def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
@@ -278,7 +286,7 @@ def finished(task, tmp_path_factory):
 
 def test_smoke_run_as_a_user_starts_it(finished):
     folder, output = finished
-    for text in ("Who waited for whom", "generation G", "ideal max(G, L)", "speed-up over G + L", "win_rate", folder):
+    for text in ("Who waited for whom", "generation G", "ideal max(G, L)", "(G + L) / step", "win_rate", folder):
         assert text in output
     for chatter in ("WARNING", "INFO", "Warning", "Loading safetensors", "Traceback"):
         assert chatter not in output
@@ -292,7 +300,6 @@ def test_smoke_run_as_a_user_starts_it(finished):
     generate = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "generate"]
     learn = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "learn"]
     assert any(max(a, c) < min(b, d) for a, b in generate for c, d in learn), "generation and learning never overlapped"
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith("async-rlhf-")]
 
 
 def test_two_user_runs_are_the_same_to_the_last_bit(finished, task, tmp_path):
@@ -331,6 +338,8 @@ BAD = {
     "less than one generated batch of 32": dict(total_episodes=31),
     "module tests.tiny has no function rewrd": dict(reward="tests.tiny:rewrd"),
     "does not import: No module named 'nowhere'": dict(reward="nowhere:reward"),
+    "--query-column text: split train of": dict(query_column="text"),
+    "more than the 128 positions of": dict(prompt_length=120),
     "no prompt within --prompt-length 2": dict(prompt_length=2),
     "256 prompts are fewer than the 512 of one batch": dict(batch_size=1024, total_episodes=1024),
 }
@@ -348,8 +357,9 @@ def test_bad_input_says_what_is_wrong_before_a_model_loads(task, message, monkey
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
-def test_interrupt_leaves_nothing_behind(task, tmp_path):
-    """Ctrl-C in the middle of training: the process ends, and so does the engine."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing_behind(task, tmp_path, how):
+    """Ctrl-C or kill in the middle of training: the process ends, and so does the engine."""
     options = [f"--{k.replace('_', '-')}={v}" for k, v in flags(task, total_episodes=64_000).items()]
     command = [sys.executable, "async_online_dpo.py", *options, f"--output-dir={tmp_path / 'run'}"]
     nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -358,10 +368,10 @@ def test_interrupt_leaves_nothing_behind(task, tmp_path):
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     assert process.wait(timeout=60) != 0
     list_left = ["ps", "-o", "pid=,stat=,args=", "-s", str(process.pid)]
     deadline = time.monotonic() + 10
     while (left := subprocess.run(list_left, capture_output=True, text=True).stdout) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not left and not [name for name in os.listdir("/dev/shm") if name.startswith("async-rlhf-")]
+    assert not left and not [name for name in os.listdir("/dev/shm") if f"async-rlhf-{process.pid}-" in name]
