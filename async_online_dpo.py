@@ -894,7 +894,7 @@ class Run:
         self.folder = args.output_dir or os.path.join("runs", name)
         self.policy_folder = os.path.join(self.folder, "policy")
         os.makedirs(self.folder, exist_ok=True)
-        self.shared_folder = tempfile.mkdtemp(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")  # the engine reads it
+        self.shared_folder = tempfile.mkdtemp(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
         self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True)
         self.steps, self.evals, self.last = [], [], None
         self.config = {
