@@ -1077,8 +1077,9 @@ class Run:
         self.steps.append(record)
         shown = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}"
         shown += f", waited: generator {times['generator_wait']:.1f} s, learner {times['wait']:.1f} s"
-        if self.evals and "win_rate" in self.evals[-1]:
-            shown += f", gold win-rate {self.evals[-1]['win_rate']:.0%}"
+        if self.evals:
+            last = self.evals[-1]
+            shown += f", gold win-rate {last['win_rate']:.0%}" if self.args.gold else f", eval {last['score']:.2f}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 

@@ -1,8 +1,8 @@
 """Mean and spread over seeds of a table of runs, as Markdown: python -m benchmark.summary benchmark/results/NAME.csv
 
-One line for each task, algorithm and way to run it. The measure is the gold win-rate, or for math-tiny the accuracy, in
-per cent; spread is the standard deviation over the seeds; KL is per response, at temperature 1; times are medians of a
-run's steps, in seconds: G generation, L learning.
+One line for each task, algorithm and way to run it. The measure is the gold win-rate (without a gold
+reward: the score), in per cent; spread is the standard deviation over the seeds; KL is per response, at temperature 1;
+times are medians of a run's steps, in seconds: G generation, L learning.
 """
 
 import csv
@@ -37,7 +37,7 @@ def summary(rows: list[dict]) -> list[str]:
     names = ("task", "algorithm", "run", "seeds", "SFT, %", "trained, %", "KL", "G", "L", "step", "step / asynchronous")
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for (task, algo, how), group in groups.items():
-        measure = "gold_score" if task == "math-tiny" else "win_rate"
+        measure = "win_rate" if group[0].get("win_rate_last") else "score"
 
         def column(name, digits=2, factor=1.0, group=group):
             return spread([float(row[name]) for row in group], digits, factor)

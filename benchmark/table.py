@@ -21,7 +21,8 @@ def row(folder: str) -> dict:
     names = ("win_rate", "gold_score", "score", "kl", "perplexity", "response_length")
     both = (("first", first), ("last", last))
     numbers = {f"{name}_{when}": e[name] for name in names for when, e in both if name in e}
-    numbers["win_rate_best"] = max(e.get("win_rate", 0) for e in summary["evals"])
+    if args["gold"]:
+        numbers["win_rate_best"] = max(e["win_rate"] for e in summary["evals"])
     times = {name: summary[name] for name in ("generation", "learning", "step", "ideal_step", "overlap")}
     times |= {name: summary[name] for name in ("overlap_ratio_ideal", "overlap_ratio", "timed_steps")}
     shown = ("seed", "max_staleness", "placement", "algo", "dpo_loss", "rloo_loss", "ppo_loss", "learning_rate")
@@ -50,6 +51,6 @@ if __name__ == "__main__":
         rows = [row(folder) for folder in sys.argv[1:]]
     if not rows:
         raise SystemExit("table: name the folders of finished runs, such as runs/*")
-    writer = csv.DictWriter(sys.stdout, rows[0])
+    writer = csv.DictWriter(sys.stdout, list(max(rows, key=len)))  # a run without --gold has no win-rate
     writer.writeheader()
     writer.writerows(rows)

@@ -41,7 +41,7 @@ def test_math_reward_reads_the_number_after_the_hashes():
 
 
 def test_math_references_are_right_and_splits_share_no_problem():
-    splits = {name: math_tiny.problems(name, 300, seed=1) for name in ("train", "validation", "development", "test")}
+    splits = {name: math_tiny.problems(name, 300, seed=1, slips=0.6) for name in ("train", "validation", "test")}
     seen = {}
     for name, rows in splits.items():
         for query, reference in zip(rows["query"], rows["reference"]):
@@ -51,7 +51,16 @@ def test_math_references_are_right_and_splits_share_no_problem():
             key = re.sub(r"[A-Z][a-z]+|apples|books|coins|eggs|nuts|pens|shells|stamps", "", query)
             seen.setdefault(key, set()).add(name)
     assert all(len(names) == 1 for names in seen.values())
-    assert splits["train"][:] == math_tiny.problems("train", 300, seed=1)[:]
+    assert splits["train"][:] == math_tiny.problems("train", 300, seed=1, slips=0.6)[:]
+
+
+def test_math_pupils_slip_in_their_known_ways_and_go_on_with_what_came_out():
+    assert [math_tiny.slip(*step) for step in ((17, "+", 8), (32, "-", 17), (7, "*", 8))] == [15, 25, 49]
+    assert [math_tiny.slip(*step) for step in ((12, "+", 7), (38, "-", 17), (4, "*", 5))] == [None] * 3
+    assert math_tiny.solution([7, 8, 6], "*+", 1, random.Random(1)) == " 7*8=49, 49+6=45\n#### 45"
+    assert math_tiny.solution([7, 8, 6], "*+", 0, random.Random(1)) == " 7*8=56, 56+6=62\n#### 62"
+    rows = math_tiny.problems("train", 300, seed=1, slips=0.6)
+    assert 0.3 < sum(a != b for a, b in zip(rows["reference"], rows["demonstration"])) / 300 < 0.6
 
 
 def test_docstrings_gold_prefers_a_sentence_about_the_description():

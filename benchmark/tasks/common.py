@@ -154,11 +154,8 @@ def schedule(optimizer, steps, warmup=20):
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [warmup])
 
 
-def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50, stop=lambda: False):
-    """Next-token loss on response tokens and EOS only, on random mini-batches; returns the mean of the last losses.
-
-    Ends early when stop(), called after every log line, says so.
-    """
+def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50):
+    """Next-token loss on response tokens and EOS only, on random mini-batches; returns the mean of the last losses."""
     prompt_ids = tokenizer(queries)["input_ids"]
     response_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(responses)["input_ids"]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -183,8 +180,6 @@ def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50, st
         if step % log_every == 0 or step == steps:
             recent = sum(losses[-log_every:]) / len(losses[-log_every:])
             print(f"  sft step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
-            if stop():
-                break
     model.eval()
     return recent
 

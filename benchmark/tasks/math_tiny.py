@@ -2,10 +2,11 @@
 
     Ann has 12 apples, buys 7 and loses 2. How many apples are left?  ->  " 12+7=19, 19-2=17\\n#### 17"
 
-Three of every 20 (template, numbers) are held out, so no problem of the other splits has a twin in training. The
-SFT policy is stopped half-way through learning on purpose (greedy accuracy of 30 to 50 %): the rest is left to RL.
+Two of every 20 (template, numbers) are held out, so no problem of the other splits has a twin in training. SFT imitates
+solutions of pupils who slip in most of the harder steps, each in the manner known from classrooms ("buggy arithmetic",
+Brown and Burton 1978): the policy starts at a greedy accuracy of 30 to 50 %, and RL has to find out which habits pay.
 
-    python -m benchmark.tasks.math_tiny        # writes tasks/math-tiny/{data,sft}; about 2 minutes on 2 cores
+    python -m benchmark.tasks.math_tiny        # writes tasks/math-tiny/{data,sft}; about 5 minutes on 2 cores
 """
 
 import hashlib
@@ -36,7 +37,7 @@ TEMPLATES = [
     ("{a} people are on a bus, {b} get off, {c} get on and {d} get off. How many people are on it?", "-+-"),
 ]
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-HELD_OUT = {0: "validation", 1: "development", 2: "test"}  # of every 20 (template, numbers); the other 17 are train
+HELD_OUT = {0: "validation", 1: "test"}  # of every 20 (template, numbers); the other 18 are train
 TOKENS = r" ?[A-Za-z]+|[\s\S]"  # a word with the space before it, or one character: each digit is its own token
 
 
@@ -48,8 +49,10 @@ class Args:
     """number of training problems"""
     validation: int = 512
     """number of held-out problems for choosing flags, and as many for results (split test)"""
-    stop_accuracy: float = 0.36
-    """SFT stops at the first check (every 25 updates) with at least this greedy accuracy on development problems"""
+    slips: float = 0.6
+    """probability that a pupil slips in a harder step of a demonstration"""
+    updates: int = 1200
+    """SFT updates of 64 demonstrations"""
 
 
 def reward(prompts: list[str], responses: list[str], **columns: list) -> list[float]:
@@ -58,33 +61,52 @@ def reward(prompts: list[str], responses: list[str], **columns: list) -> list[fl
     return [float(bool(given) and given[1] == wanted[1]) for given, wanted in answers]
 
 
-def problem(rng):
-    """One random problem: (query, reference, key), where the key is its (template, numbers)."""
+def slip(a, operation, b):
+    """The result of a pupil's usual mistake in the step a operation b, or None where the step is an easy one."""
+    if operation == "+" and a % 10 + b % 10 > 9:
+        return a + b - 10  # forgets the carry
+    if operation == "-" and a % 10 < b % 10:
+        return 10 * abs(a // 10 - b // 10) + b % 10 - a % 10  # takes the smaller digit from the larger, never borrows
+    if operation == "*" and a * b > 20:
+        return a * b - a  # a neighbour in the multiplication table
+    return None
+
+
+def solution(numbers, operations, slips, rng):
+    """The solution of a pupil who slips in a share `slips` of the harder steps and goes on with what came out."""
+    steps, result = [], numbers[0]
+    for operation, number in zip(operations, numbers[1:]):
+        before, wrong = result, slip(result, operation, number)
+        slipped = wrong is not None and rng.random() < slips
+        result = wrong if slipped else abs(OPERATORS[operation](before, number))
+        steps.append(f"{before}{operation}{number}={result}")
+    return f" {', '.join(steps)}\n#### {result}"
+
+
+def problem(rng, slips):
+    """One random problem: (query, reference, demonstration, key), where the key is its (template, numbers)."""
     index = rng.randrange(len(TEMPLATES))
     text, operations = TEMPLATES[index]
     while True:  # until every step's result is small and positive
         small = [operations[0] == "*"] + [operation == "*" for operation in operations]
-        numbers = [rng.randint(2, 9 if s else 40) for s in small]
-        result, steps = numbers[0], []
+        numbers = [rng.randint(2, 9 if s else 20) for s in small]
+        results = [numbers[0]]
         for operation, number in zip(operations, numbers[1:]):
-            before, result = result, OPERATORS[operation](result, number)
-            steps.append(f"{before}{operation}{number}={result}")
-            if not 1 <= result <= 99:
-                break
-        else:
+            results.append(OPERATORS[operation](results[-1], number))
+        if all(1 <= result <= 99 for result in results):
             break
     name, friend = rng.sample(NAMES, 2)
     query = text.format(name=name, friend=friend, item=rng.choice(ITEMS), **dict(zip("abcd", numbers)))
-    return query, f" {', '.join(steps)}\n#### {result}", f"{index} {numbers}"
+    return query, solution(numbers, operations, 0, rng), solution(numbers, operations, slips, rng), f"{index} {numbers}"
 
 
-def problems(split, size, seed):
+def problems(split, size, seed, slips):
     """`size` problems of a split; which split a problem belongs to depends on its (template, numbers) only."""
     rng, rows = random.Random(f"{split} {seed}"), []
     while len(rows) < size:
-        query, reference, key = problem(rng)
+        query, reference, demonstration, key = problem(rng, slips)
         if HELD_OUT.get(hashlib.sha256(key.encode()).digest()[0] % 20, "train") == split:
-            rows.append({"query": query, "reference": reference})
+            rows.append({"query": query, "reference": reference, "demonstration": demonstration})
     return Dataset.from_list(rows)
 
 
@@ -100,33 +122,25 @@ def accuracy(model, tokenizer, data, temperature=0.01, samples=1):
 def main(args: Args):
     """Prepare the folder, stage by stage."""
     task = common.Preparation("math-tiny", args)
-    torch.set_num_threads(1)  # the bytes depend on the number of threads, and so small a model gains little
+    torch.set_num_threads(2)  # the bytes depend on the number of threads
     if task.done:
         return
 
     def data(folder):
         sizes = {"train": args.train, "validation": args.validation, "test": args.validation}
-        splits = {name: problems(name, size, args.seed) for name, size in sizes.items()}
+        splits = {name: problems(name, size, args.seed, args.slips) for name, size in sizes.items()}
         DatasetDict(splits).save_to_disk(folder)
         return {name: len(split) for name, split in splits.items()}
 
     def sft(folder):
         common.set_seed(args.seed)
         train, validation = (load_from_disk(task.folder / "data")[split][:] for split in ("train", "validation"))
-        development = problems("development", 256, args.seed)[:]
         tokenizer = common.split_tokenizer(train["query"] + train["reference"], TOKENS)
         model = common.small_llama(tokenizer, hidden=128, layers=4, intermediate=384, max_positions=128)
-        checks = []
-
-        def stop():
-            checks.append(accuracy(model, tokenizer, development))
-            print(f"  greedy accuracy {checks[-1]:.3f} (development)", flush=True)
-            return checks[-1] >= args.stop_accuracy
-
-        common.sft(model, tokenizer, train["query"], train["reference"], 2000, 64, 1e-3, log_every=25, stop=stop)
+        loss = common.sft(model, tokenizer, train["query"], train["demonstration"], args.updates, 64, 2e-3)
         common.save(folder, model, tokenizer)
         return {
-            "updates": 25 * len(checks),
+            "loss": loss,
             "parameters": sum(p.numel() for p in model.parameters()),
             "greedy_accuracy": accuracy(model, tokenizer, validation),
             "accuracy_temperature_0.7": accuracy(model, tokenizer, validation, 0.7),
