@@ -8,7 +8,7 @@ python=.venv/bin/python
 [ -e tasks/tldr-tiny/info.json ] || $python -m benchmark.tasks.tldr_tiny
 [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
 tldr=(--learning-rate 1e-4 --total-episodes 5120 --eval-prompts 1024)
-math=(--learning-rate 1e-4 --total-episodes 10240 --eval-prompts 512 --model tasks/math-tiny/sft --dataset tasks/math-tiny/data
+math=(--learning-rate 1e-4 --total-episodes 7680 --eval-prompts 512 --model tasks/math-tiny/sft --dataset tasks/math-tiny/data
     --reward benchmark.tasks.math_tiny:reward --gold "" --samples-per-prompt 4
     --batch-size 256 --temperature 1.0 --missing-eos-score 0 --prompt-length 64 --response-length 48)
 run() { # name, script, flags
