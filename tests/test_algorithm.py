@@ -71,7 +71,7 @@ def learner_of(task, algo, rollout, samples, **changes):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
     if algo != "ppo":
         return policy, {"online_dpo": script.online_dpo_loss, "rloo": async_rloo.leave_one_out_loss}[algo], batch, args
-    model = async_ppo.ActorCritic(policy, async_ppo.load_value_model(args, torch.device("cpu")))
+    model = async_ppo.ActorCritic(policy, async_ppo.load_value_model(args))
     return model, async_ppo.actor_critic_loss, batch, args
 
 
@@ -192,6 +192,32 @@ def test_micro_batches_change_memory_not_results(task, algo):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize("algo", ["online_dpo", "rloo", "ppo"])
+@pytest.mark.parametrize("saver", ["logits in parts", "activations again", "smaller micro-batches"])
+def test_what_saves_memory_changes_nothing_but_rounding(task, algo, saver, monkeypatch):
+    """The weights after learning, against the plain way."""
+    weights, module = [], {"online_dpo": script, "rloo": async_rloo, "ppo": async_ppo}[algo]
+    for on in (False, True):
+        changes = dict(micro_batch_size=4 if on else 16) if saver == "smaller micro-batches" else {}
+        model, loss_fn, batch, args = learner_of(task, algo, make_rollout(), 2, num_epochs=2, **changes)
+        layers_run = []
+        if on and saver == "logits in parts":
+            monkeypatch.setattr(module, "MAX_LOGITS", 3 * 65)  # three tokens at a time
+        if on and saver == "activations again":
+            args.gradient_checkpointing = True
+            script.shard(model.policy if algo == "ppo" else model, args, torch.device("cpu"))
+        policy = model.policy if algo == "ppo" else model
+        policy.base_model.layers[0].self_attn.register_forward_hook(lambda *_, runs=layers_run: runs.append(1))
+        if algo == "ppo":
+            async_ppo.ppo_targets(model, batch, args)
+        before = len(layers_run)
+        module.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args)
+        weights.append((torch.cat([p.flatten() for p in model.parameters()]), len(layers_run) - before))
+    assert torch.allclose(weights[0][0], weights[1][0], atol=1e-6)
+    times = {"logits in parts": 1, "activations again": 2, "smaller micro-batches": 4}
+    assert weights[1][1] == weights[0][1] * times[saver]
+
+
 def test_rloo_loss_is_the_mean_over_responses(task):
     """The gradient of a whole mini-batch against the sum over responses of -A log pi, one response at a time."""
     policy, loss_fn, batch, args = learner_of(
@@ -287,23 +313,38 @@ def test_metrics_of_the_lag_against_loops(task):
     assert got["effective_sample_size"] == pytest.approx(ess, rel=1e-4)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_learners_share_a_rollout_without_rest(monkeypatch, task, world):
-    """What torchrun's ranks get: disjoint whole prompts with their own K responses and row numbers."""
-    args = make_args(task, batch_size=16, samples_per_prompt=2)
-    rollout, rows, seen = make_rollout(prompts=8, k=2), list(range(100, 108)), []
+@pytest.mark.parametrize("world, hosts", [(1, 1), (2, 1), (4, 1), (4, 2), (2, 2)])
+def test_learners_share_a_rollout_without_rest(monkeypatch, task, world, hosts):
+    """What torchrun's ranks get: disjoint whole prompts with their own K responses, made on their own host."""
+    args, data = make_args(task, batch_size=16, samples_per_prompt=2), list(range(100, 108))
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokens = [{"input_ids": [i % 60 + 5]} for i in data]
+    weights = script.Weights(0, None, "", [])
+    request = script.Request("batch-0", weights, [[i] for i in data for _ in range(2)], 2, 1.0, list(range(16)))
+    seen, local = [], world // hosts
+    box = []  # what the generator of a host sends to its learners
+    monkeypatch.setattr(script.dist, "broadcast_object_list", lambda b, src, group: b.__setitem__(0, box[0]))
     for rank in range(world):
-        fake = dict(is_initialized=lambda: True, get_rank=lambda rank=rank: rank, get_world_size=lambda: world)
-        fake |= dict(broadcast_object_list=lambda box, src: box.__setitem__(0, rollout))
-        monkeypatch.setattr(script, "dist", type("dist", (), {k: staticmethod(v) for k, v in fake.items()}))
-        share, mine = script.share_rollout(rollout if rank == 0 else None, rows, args)
-        assert len(share.prompts) == 2 * len(mine) == 16 // world
-        for i, prompt in enumerate(share.prompts):
-            row = 2 * (mine[i // 2] - 100) + i % 2
-            assert prompt == rollout.prompts[row] and share.responses[i] == rollout.responses[row]
-            assert share.logprobs[i] == rollout.logprobs[row]
-        seen += mine
-    assert sorted(seen) == rows
+        names = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank % local, LOCAL_WORLD_SIZE=local)
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+        plan = script.device_plan(args)
+        assert plan.generates == (rank % local == 0) and len(plan.served) == local
+        generator = script.Generator(args, plan, policy, tokens, 1, script.Trace())
+        generator.submit(request)
+        if plan.generates:
+            asked = generator.requests.get_nowait()
+            assert len(asked.prompts) == 16 // hosts
+            responses = [[prompt[0], seed] for prompt, seed in zip(asked.prompts, asked.seeds)]
+            zeros = [[0.0]] * len(responses)
+            box[:] = [script.Rollout("batch-0", 0, asked.prompts, responses, zeros, 0.0, 0.0, 0.0, 0.0)]
+            generator.rollouts.put(box[0])
+        mine = generator.receive("batch-0", version=0)
+        assert mine.prompts == [[i] for i in plan.share(data) for _ in range(2)]
+        assert [response[0] for response in mine.responses] == [prompt[0] for prompt in mine.prompts]
+        seen += [response[1] for response in mine.responses]
+        generator.folder.cleanup()
+    assert sorted(seen) == list(range(16))
 
 
 def test_every_prompt_once_an_epoch(task):

@@ -75,7 +75,7 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(query_column="qury"), "split train of {}/data has the columns query, reference, did you mean query?"),
     (DPO, dict(reference_column="answer"), "--reference-column answer: split train of {}/data has the columns"),
     (DPO, dict(dataset="{}/numbers"), "--query-column query: it must hold text, and holds int"),
-    (DPO, dict(prompt_length=2), "no prompt within --prompt-length 2 tokens"),
+    (DPO, dict(prompt_length=2), "has 0 prompts within --prompt-length 2 tokens: every learner"),
     (DPO, dict(prompt_length=120), "--prompt-length 120 + --response-length 12 + 1 is more than the 128 positions of"),
     (DPO, dict(batch_size=1024, total_episodes=1024), "256 prompts are fewer than the 512 of one batch"),
     (DPO, dict(output_dir="{}/data"), "--output-dir {}/data is not empty: name a new folder"),
@@ -136,7 +136,10 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch):
 @pytest.mark.parametrize(
     "script, processes, gpus, flags, message",
     [
-        (DPO, 4, 4, {}, "4 learners on 4 GPU(s): start 3, the last GPU is vLLM's"),
+        (DPO, 4, 4, {}, "4 learners on 4 GPU(s): start 3, the last 1 are vLLM's"),
+        (DPO, 3, 4, dict(generator_tensor_parallel=2), "3 learners on 4 GPU(s): start 2, the last 2 are vLLM's"),
+        (DPO, 1, 0, dict(generator_tensor_parallel=2), "--generator-tensor-parallel 2 needs as many GPUs beside the"),
+        (DPO, 2, 0, dict(eval_prompts=1), "--eval-prompts 1 is less than the 2 learners: raise it"),
         (SYNC, 3, 2, dict(placement="colocate"), "3 learners on 2 GPU(s): start 2"),
         (DPO, 3, 0, {}, "--batch-size 32 does not divide into 3 learner(s) x 2 samples per prompt: take a mul"),
     ],
@@ -144,6 +147,7 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch):
 def test_more_processes_than_devices(script, processes, gpus, flags, message, task, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert message in refusal(script, task, monkeypatch, dict(batch_size=48 if gpus else 32) | flags)
 
 

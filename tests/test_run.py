@@ -52,7 +52,7 @@ def engine(task, tmp_path_factory):
     """(llm, send_weights) of a real vLLM in its default layout: engine in a child process, on its own cores."""
     affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
     args = script.Args(**flags(task))
-    plan = script.device_plan()
+    plan = script.device_plan(args)
     policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     folder = str(tmp_path_factory.mktemp("weights"))
     weights = script.snapshot_weights(policy, 0, [5, 6, 7], args, folder)
@@ -231,15 +231,15 @@ def test_no_staleness_is_the_plain_loop(run, task, engine):
     policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for _ in range(2))
     reward = script.make_reward(args.reward, tokenizer, args, cpu)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-    torch.set_num_threads(len(script.device_plan().learner_cores))
-    generator = script.Generator(args, None, policy, data, tokenizer.eos_token_id, script.Trace())
+    torch.set_num_threads(len(script.device_plan(args).learner_cores))
+    generator = script.Generator(args, script.device_plan(args), policy, data, tokenizer.eos_token_id, script.Trace())
     send_weights(generator.weights)
     for t in range(args.num_batches):
         rows = [row for row in script.prompt_rows(args, len(data), t) for _ in range(2)]
         prompts = data[rows]["input_ids"]
         weights = generator.snapshot(policy, t) if t else generator.weights
         seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(rows)).tolist()
-        request = script.Request(str(t), weights, prompts, args.temperature, seeds)
+        request = script.Request(str(t), weights, prompts, 2, args.temperature, seeds)
         rollout = generator.generate(llm, send_weights, request, 0.0)
         scores = script.score_rollout(rollout, data[rows], reward, tokenizer, args)
         pairs, pair_scores = script.best_and_worst(rollout, scores, 2)

