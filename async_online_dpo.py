@@ -1201,14 +1201,19 @@ class Run:
         self.last = None  # the step after an evaluation is not timed
 
     def save(self, policy, tokenizer) -> None:
-        """Save the policy, write trace and summary, and print the summary as a table."""
+        """Save the policy and what the run has found."""
         state = policy.state_dict(keep_vars=True)
         tensors = {p: whole(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones are one
-        if not self.writes:
-            return
-        weights = {name: tensors[p] for name, p in state.items()}
-        policy.save_pretrained(os.path.join(self.folder, "policy"), state_dict=weights)
-        tokenizer.save_pretrained(os.path.join(self.folder, "policy"))
+        if self.writes:
+            weights = {name: tensors[p] for name, p in state.items()}
+            policy.save_pretrained(os.path.join(self.folder, "policy"), state_dict=weights)
+            tokenizer.save_pretrained(os.path.join(self.folder, "policy"))
+            self.summarise()
+        if dist.is_initialized():
+            dist.barrier()  # leave together
+
+    def summarise(self) -> None:
+        """Write trace and summary, and print the summary as a table."""
         self.bar.close()
         self.trace.save(os.path.join(self.folder, "trace.json"))
         timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] is not None]

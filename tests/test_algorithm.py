@@ -284,7 +284,7 @@ def test_ppo_loss_is_the_mean_over_the_tokens_of_the_mini_batch(task):
         logprobs = script.batch_logprobs(model.policy, batch, row, args)[0]
         values = async_ppo.response_values(model.value_model, batch, row, args)[0]
         for t in range(int(batch.mask[i].sum())):
-            ratio = math.exp(logprobs[t] - batch.behaviour_logprobs[i, t])
+            ratio = math.exp(logprobs[t].item() - batch.behaviour_logprobs[i, t])
             a, near = batch.advantages[i, t].item(), min(max(ratio, 0.8), 1.2)
             v, old, ret = values[t].item(), batch.values[i, t].item(), batch.returns[i, t].item()
             clipped = min(max(v, old - 0.2), old + 0.2)
@@ -343,7 +343,7 @@ def test_learners_share_a_rollout_without_rest(monkeypatch, task, world, hosts):
         assert mine.prompts == [[i] for i in plan.share(data) for _ in range(2)]
         assert [response[0] for response in mine.responses] == [prompt[0] for prompt in mine.prompts]
         seen += [response[1] for response in mine.responses]
-        generator.folder.cleanup()
+        generator.close()
     assert sorted(seen) == list(range(16))
 
 
