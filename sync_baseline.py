@@ -22,6 +22,7 @@ L = P + R, V vocabulary, H hidden size; n rows and b prompts of a micro-batch.
 import contextlib
 import copy
 import difflib
+import gc
 import importlib
 import json
 import logging
@@ -351,6 +352,7 @@ class Generator(threading.Thread):
     def run(self) -> None:
         try:
             self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
+            gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
                 waited = time.perf_counter() - idle
@@ -375,9 +377,10 @@ class Generator(threading.Thread):
 
         # The probe rides along: a fixed sequence whose log-probabilities tell which weights the engine has.
         prompts = [self.probe] + request.prompts
-        common = dict(max_tokens=self.args.response_length, stop_token_ids=[self.eos_id], logprobs=0, detokenize=False)
+        common = dict(max_tokens=self.args.response_length, stop_token_ids=[self.eos_id], detokenize=False)
+        common |= dict(temperature=request.temperature, logprobs=0, flat_logprobs=True)  # of the sampled token only
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)]
-        params += [SamplingParams(temperature=request.temperature, seed=seed, **common) for seed in request.seeds]
+        params += [SamplingParams(seed=seed, **common) for seed in request.seeds]
         with self.trace("generator", "generate", request=request.name, version=request.weights.version):
             # The engine sees all requests before its first step: batches, and so rounding, never depend on timing.
             llm.sleep(level=0, mode="keep")
@@ -394,7 +397,7 @@ class Generator(threading.Thread):
             version=self.weights.version,
             prompts=request.prompts,
             responses=[list(s.token_ids) for s in samples],
-            logprobs=[[step[token].logprob for step, token in zip(s.logprobs, s.token_ids)] for s in samples],
+            logprobs=[list(s.logprobs.logprobs) for s in samples],
             probe_error=float(np.abs(np.subtract(probe, request.weights.probe_logprobs)).max()),
             wait_seconds=waited,
             load_seconds=loaded - start,

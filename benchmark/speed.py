@@ -41,6 +41,7 @@ MATH = dict(model="tasks/math-tiny/sft", dataset="tasks/math-tiny/data", reward=
 MATH |= dict(batch_size=256, temperature=1.0, missing_eos_score=0.0, prompt_length=64, response_length=48)
 MATH |= dict(learning_rate=1e-4, eval_every=0)
 BATCHES = 14  # of a run: the first ones are not timed
+SMOLLM2 = (576, 30, 1536, 49152)  # hidden size, layers, intermediate size, vocabulary
 CORES = os.sched_getaffinity(0)
 
 
@@ -216,29 +217,56 @@ def placements() -> None:
             note("placements", f"{name}: {label}", values, "ratio")
 
 
+def random_llama(folder: str, hidden: int, layers: int, intermediate: int, vocabulary: int) -> int:
+    """Write a Llama with random weights and math-tiny's tokenizer. Returns its number of parameters."""
+    heads = hidden // 64
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, head_dim=64,
+                         num_attention_heads=heads, num_key_value_heads=3 if heads == 9 else heads,
+                         intermediate_size=intermediate, max_position_embeddings=128, tie_word_embeddings=True,
+                         eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MATH["model"]).save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
 def generator() -> None:
+    """Of math-tiny, where Python is most of it, and of a random policy of SmolLM2-135M's shape."""
+    generator_of("math-tiny, 0.9 M", 10)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        random_llama(folder, *SMOLLM2)
+        generator_of("135 M, bfloat16", 5, model=folder, dtype="bfloat16", batch_size=64)
+
+
+def generator_of(name: str, times: int, **flags) -> None:
     """The plain engine has vLLM's own defaults but for type, length and executor, and the same cores."""
-    parts = Parts()
+    parts = Parts(**flags)
     rollout = parts.rollout()
     lengths = [len(response) for response in rollout.responses]
     from vllm import LLM, SamplingParams
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     os.sched_setaffinity(0, parts.plan.generator_cores)
-    path = parts.args.model
-    plain = LLM(model=path, dtype="float32", max_model_len=113, distributed_executor_backend=UniProcExecutor)
+    path, dtype = parts.args.model, parts.args.dtype
+    plain = LLM(model=path, dtype=dtype, max_model_len=113, distributed_executor_backend=UniProcExecutor)
     prompts = [{"prompt_token_ids": prompt} for prompt in rollout.prompts]
-    params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    common = dict(temperature=1.0, ignore_eos=True, detokenize=False)
+    params = [SamplingParams(max_tokens=n, **common) for n in lengths]
+    with_logprobs = [SamplingParams(max_tokens=n, logprobs=0, flat_logprobs=True, **common) for n in lengths]
+    with_seeds = [SamplingParams(max_tokens=n, seed=n, **common) for n in lengths]
     seconds = in_turn(
-        10,
-        ours=lambda: parts.rollout(),
+        times,
         plain=lambda: plain.generate(prompts, params, use_tqdm=False),
+        rollout=parts.rollout,
+        logprobs=lambda: plain.generate(prompts, with_logprobs, use_tqdm=False),
+        seeds=lambda: plain.generate(prompts, with_seeds, use_tqdm=False),
     )
-    tokens = sum(lengths)
-    note("generator", "tokens/s of a rollout", [tokens / s for s in seconds["ours"]], "tokens/s")
-    note("generator", "tokens/s of plain LLM.generate", [tokens / s for s in seconds["plain"]], "tokens/s")
-    pairs = zip(seconds["plain"], seconds["ours"])
-    note("generator", "rollout / plain", [a / b for a, b in pairs], "ratio")
+    tokens, plain_seconds = sum(lengths), seconds.pop("plain")
+    note("generator", f"{name}: plain LLM.generate", [tokens / s for s in plain_seconds], "tokens/s")
+    for what, values in seconds.items():
+        label = what if what == "rollout" else f"plain with {what}"
+        note("generator", f"{name}: {label} / plain", [a / b for a, b in zip(plain_seconds, values)], "ratio")
+    plain.llm_engine.engine_core.shutdown()
     parts.generator.close()
 
 
@@ -290,21 +318,10 @@ def rloo_samples(parts: Parts):
 
 
 def weights() -> None:
-    """Random Llamas with the vocabulary of math-tiny but for the last, which has SmolLM2-135M's shape."""
-    tokenizer = AutoTokenizer.from_pretrained(MATH["model"])
-    shapes = [(128, 4, 384, len(tokenizer)), (256, 8, 768, len(tokenizer)), (512, 10, 1536, len(tokenizer)),
-              (576, 30, 1536, 49152)]  # fmt: skip
-    for hidden, layers, intermediate, vocabulary in shapes:
-        heads = hidden // 64
-        config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, head_dim=64,
-                             num_attention_heads=heads, num_key_value_heads=3 if heads == 9 else heads,
-                             intermediate_size=intermediate, max_position_embeddings=128, tie_word_embeddings=True,
-                             eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
+    """Random Llamas; the last has SmolLM2-135M's shape."""
+    for shape in ((128, 4, 384, 200), (256, 8, 768, 200), (512, 10, 1536, 200), SMOLLM2):
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            model = LlamaForCausalLM(config)
-            size = sum(p.numel() for p in model.parameters())
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            size = random_llama(folder, *shape)
             dtype = "bfloat16" if size > 1e8 else "float32"
             parts = Parts(model=folder, dtype=dtype, samples_per_prompt=2, batch_size=2, response_length=2)
             parts.rollout()
