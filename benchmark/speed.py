@@ -258,8 +258,8 @@ def generator_of(name: str, times: int, **flags) -> None:
         times,
         plain=lambda: plain.generate(prompts, params, use_tqdm=False),
         rollout=parts.rollout,
-        logprobs=lambda: plain.generate(prompts, with_logprobs, use_tqdm=False),
-        seeds=lambda: plain.generate(prompts, with_seeds, use_tqdm=False),
+        logprobs=lambda: parts.generator.llm.generate(prompts, with_logprobs, use_tqdm=False),
+        seeds=lambda: parts.generator.llm.generate(prompts, with_seeds, use_tqdm=False),
     )
     tokens, plain_seconds = sum(lengths), seconds.pop("plain")
     note("generator", f"{name}: plain LLM.generate", [tokens / s for s in plain_seconds], "tokens/s")
