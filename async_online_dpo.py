@@ -22,8 +22,10 @@ L = P + R, V vocabulary, H hidden size; n rows and b prompts of a micro-batch.
 
 import contextlib
 import copy
+import ctypes
 import difflib
 import gc
+import hashlib
 import importlib
 import json
 import logging
@@ -57,10 +59,10 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from datasets import Dataset, load_dataset, load_from_disk
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -87,7 +89,11 @@ class Args:
     reference_column: str = "reference"
     """column with the reference response's text"""
     output_dir: str = ""
-    """folder for the logs and the trained policy; empty: a new one under runs/"""
+    """folder for the logs, checkpoints and the trained policy; empty: a new one under runs/"""
+    save_every: int = 0
+    """write a checkpoint every so many batches; 0: only where a signal (Ctrl-C, SIGTERM) ends the run"""
+    resume: bool = False
+    """continue the run in --output-dir from its last checkpoint, to the same result as if it had not ended"""
     seed: int = 1
     """seed of the data order and of the sampling"""
     track: bool = False
@@ -241,6 +247,9 @@ class Rollout:
     generate_seconds: float
 
 
+MAX_ENGINE_DEATHS = 3
+
+
 class Generator(threading.Thread):
     """Owns the vLLM engine. Takes requests and gives rollouts in the same order, through two queues.
 
@@ -255,19 +264,24 @@ class Generator(threading.Thread):
         self.probe = (data[0]["input_ids"] + data[1 % len(data)]["input_ids"])[: args.prompt_length]
         if plan.generates:
             check_shared_memory(policy, args)
-            self.folder = tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
+            self.folder = shared_memory_folder()
+        self.snapshots: dict[int, Weights] = {}  # by version; those that a batch to come may need
         self.weights = self.snapshot(policy, 0)  # what the engine has
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
         self.mine: dict[str, list[int]] = {}  # of the rollouts to come: the rows of this learner
-        self.llm = None
+        self.llm, self.deaths = None, 0
 
     def snapshot(self, policy, version: int) -> Weights:
         """Called by every learner between two updates."""
         with self.trace("learner", "snapshot", step=version):
             folder = self.folder.name if self.plan.generates else None
-            return snapshot_weights(policy, version, self.probe, self.args, folder)
+            old = self.snapshots.pop(version - self.args.max_staleness - 1, None)  # learned from: no request needs it
+            if old:
+                shutil.rmtree(old.path, ignore_errors=True)
+            self.snapshots[version] = snapshot_weights(policy, version, self.probe, self.args, folder)
+            return self.snapshots[version]
 
     def submit(self, request: Request) -> None:
         """Queue a request. Every learner calls this with the same one; its host's generator takes its host's share."""
@@ -287,12 +301,19 @@ class Generator(threading.Thread):
 
     def wait(self, name: str) -> Rollout:
         """The rollout of that name. Raises what the generator raised, or TimeoutError."""
+        start = time.monotonic()
         while name not in self.arrived:
             try:
-                item = self.rollouts.get(timeout=self.args.timeout)
+                item = self.rollouts.get(timeout=min(1.0, self.args.timeout))
             except queue.Empty:
-                message = f"the learner waited {self.args.timeout:.0f} s for {name} and the generator did not answer"
-                raise TimeoutError(message) from None
+                waited = time.monotonic() - start
+                wake_if_dead(self.llm)
+                if SIGNALS and (self.llm is None or waited > 20):  # starting, or hung: do not wait for the checkpoint
+                    sys.exit(128 + SIGNALS[0])
+                if waited >= self.args.timeout:
+                    message = f"the learner waited {waited:.0f} s for {name} and the generator did not answer"
+                    raise TimeoutError(message) from None
+                continue
             if isinstance(item, BaseException):
                 raise RuntimeError(f"the generator failed: {type(item).__name__}: {item}") from item
             self.arrived[item.name] = item
@@ -316,11 +337,24 @@ class Generator(threading.Thread):
     def run(self) -> None:
         try:
             self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
+            from vllm.v1.engine.exceptions import EngineDeadError
+
             gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
                 waited = time.perf_counter() - idle
-                self.rollouts.put(self.generate(self.llm, send_weights, request, waited))
+                try:
+                    rollout = self.generate(self.llm, send_weights, request, waited)
+                except EngineDeadError:
+                    self.deaths += 1
+                    if self.deaths > MAX_ENGINE_DEATHS or not os.path.exists(request.weights.path):
+                        raise
+                    print(f"\nvLLM died while making {request.name}: starting it again (death {self.deaths} of at most "
+                          f"{MAX_ENGINE_DEATHS})", flush=True)
+                    self.weights = request.weights
+                    self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
+                    rollout = self.generate(self.llm, send_weights, request, waited)  # the same weights and seeds
+                self.rollouts.put(rollout)
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
             self.rollouts.put(error)
@@ -335,7 +369,6 @@ class Generator(threading.Thread):
         if self.weights is not request.weights:
             with self.trace("generator", "load weights", version=request.weights.version):
                 send_weights(request.weights)
-            shutil.rmtree(self.weights.path, ignore_errors=True)
             self.weights = request.weights
         loaded = time.perf_counter()
 
@@ -610,15 +643,18 @@ def main(args: Args) -> None:
         gold = make_reward(args.gold, tokenizer, args, device) if args.gold else None
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
 
-        for t in range(args.num_batches + 1):
+        first = run.restore(policy, optimizer, generator)
+        for t in range(first, args.num_batches + 1):
+            run.checkpoint(t, policy, optimizer, generator)
+
             # 1. Submit: batch t + S goes out with version t; batches 0 to S, with version 0. (5. Evaluate, where due.)
-            weights = generator.snapshot(policy, t) if t else generator.weights
+            weights = generator.snapshot(policy, t) if t else generator.snapshots[0]
             due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
             if due:
                 generator.submit(eval_request(t, weights, eval_data[eval_rows], args))
-            last = t + args.max_staleness
-            for ahead in range(last if t else 0, last + 1):
+            for ahead in range(t if t == first else t + args.max_staleness, t + args.max_staleness + 1):
                 if ahead < args.num_batches:
+                    weights = generator.snapshots[max(0, ahead - args.max_staleness)]
                     generator.submit(batch_request(ahead, weights, train_data, args))
             if due:  # training waits: the policy judged is the policy that generated
                 with trace("learner", "evaluate", step=t):
@@ -784,13 +820,9 @@ SIGNALS: list[int] = []  # received
 
 
 def leave(number: int, _) -> None:
-    """Leave through the cleaning up; a second signal ends the process at once.
-
-    Python swallows what is raised in a destructor, so the next step looks at SIGNALS too.
-    """
+    """Ask the run to end after this batch, with a checkpoint; a second signal ends the process at once."""
     signal.signal(number, signal.SIG_DFL)
     SIGNALS.append(number)
-    sys.exit(128 + number)
 
 
 def autocast(args: Args, device: torch.device):
@@ -835,6 +867,18 @@ def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
     if plan.transfer == "reload":
         return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
     return llm, cuda_sender(llm, plan, 1 + args.generator_tensor_parallel)
+
+
+def wake_if_dead(llm) -> None:
+    """vLLM 0.32 notices the death of its engine, and forgets to tell who waits for an answer of it: tell them."""
+    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    if core is not None and getattr(getattr(core, "resources", None), "engine_dead", False):
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        core.outputs_queue.put(EngineDeadError())
+        for future in list(core.utility_results.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError())
 
 
 def cuda_sender(llm, plan: DevicePlan, world_size: int) -> Callable:
@@ -1008,7 +1052,7 @@ def check_args(args: Args) -> None:
     check_range(args, ("total_episodes", "batch_size", "micro_batch_size", "samples_per_prompt", "num_mini_batches",
                        "num_epochs", "prompt_length", "response_length", "temperature", "learning_rate",
                        "max_grad_norm", "timeout", "eval_prompts", "generator_tensor_parallel"), above=0)
-    check_range(args, ("seed", "max_staleness", "eval_every"), least=0)
+    check_range(args, ("seed", "max_staleness", "eval_every", "save_every"), least=0)
     check_range(args, ("gpu_memory_utilization",), above=0, most=1)
     learners = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (args.samples_per_prompt * learners):
@@ -1033,8 +1077,10 @@ def check_args(args: Args) -> None:
             check_model(flag.replace("_", "-"), value)
     if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is a file: name a new folder")
-    if int(os.environ.get("RANK", 0)) == 0 and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
-        stop(f"--output-dir {args.output_dir} is not empty: name a new folder")
+    if args.resume:
+        last_checkpoint(args)
+    elif int(os.environ.get("RANK", 0)) == 0 and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+        stop(f"--output-dir {args.output_dir} is not empty: name a new folder, or continue that run with --resume")
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parallel = args.generator_tensor_parallel
     shared = gpus <= 1 or getattr(args, "placement", "split") == "colocate"
@@ -1073,17 +1119,136 @@ def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> No
                 stop(f"{flag} {value}: pad_token_id in its config.json must be {tokenizer.pad_token_id}")
 
 
+def shared_memory_folder() -> tempfile.TemporaryDirectory:
+    """A new folder in /dev/shm for this process; those of processes that were killed go."""
+    for name in os.listdir("/dev/shm"):
+        found = re.fullmatch(r"async-rlhf-(\d+)-.*", name)
+        if found and not os.path.exists(f"/proc/{found[1]}"):
+            shutil.rmtree(os.path.join("/dev/shm", name), ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
+
+
 def check_shared_memory(policy, args: Args) -> None:
-    """Refuse a /dev/shm without room for the snapshots that wait there on the CPU: S + 3 of them at most."""
+    """Refuse a /dev/shm without room for the snapshots that wait there on the CPU: S + 4 of them at most."""
     numbers = sum(p.numel() for p in policy.parameters())
     if policy.config.tie_word_embeddings:  # the output layer is written as a tensor of its own
         numbers += policy.get_output_embeddings().weight.numel()
     snapshot = numbers * (4 if args.dtype == "float32" else 2)  # bytes
-    need = (args.max_staleness + 3) * snapshot
+    need = (args.max_staleness + 4) * snapshot
     free = shutil.disk_usage("/dev/shm").free
     if need > free and policy.device.type == "cpu":
         stop(f"/dev/shm has {free >> 20} MiB free and the snapshots of the weights need {need >> 20} MiB: "
              f"free some, lower --max-staleness, or in a container raise --shm-size")
+
+
+@torch.no_grad()
+def write_checkpoint(run: str, writes: bool, t: int, model, optimizer, generator: Generator) -> None:
+    """Everything that batches t, t+1, ... depend on, written by the first learner to RUN/checkpoints/version-t.
+
+    Prompts and seeds are functions of t, so that is: model, optimizer, and the snapshots that are to make the batches
+    in flight, which are then made again. It is written under another name, read back, and renamed; the last two stay.
+    """
+    tensors = {"model": {}, "optimizer": {}}
+    for name, parameter in model.named_parameters():
+        tensors["model"][name] = whole(parameter).cpu()
+        for key, value in optimizer.state[parameter].items():
+            tensors["optimizer"][f"{name}/{key}"] = whole(value).cpu()
+    if not writes:
+        return
+    flying = range(max(0, t - generator.args.max_staleness), t)
+    for version in flying:
+        weights = generator.snapshots[version]
+        path = os.path.join(weights.path, "model.safetensors")
+        tensors[f"version-{version}"] = weights.tensors or load_file(path)
+    folder = os.path.join(run, "checkpoints")
+    final = os.path.join(folder, f"version-{t:06d}")
+    tmp = final + ".tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    for name, content in tensors.items():
+        save_file({key: value.contiguous() for key, value in content.items()}, os.path.join(tmp, f"{name}.safetensors"))
+        for key, value in load_file(os.path.join(tmp, f"{name}.safetensors")).items():
+            if not torch.equal(value, content[key].cpu()):
+                raise OSError(f"{tmp}/{name}.safetensors does not hold what was written to it")
+    logs = [name for name in ("metrics.jsonl", "samples.jsonl") if os.path.exists(os.path.join(run, name))]
+    state = {
+        "version": t, "args": asdict(generator.args), "script": os.path.basename(__file__),
+        "probes": {version: generator.snapshots[version].probe_logprobs for version in flying},
+        "sizes": {name: os.path.getsize(os.path.join(run, name)) for name in logs},
+        "sha256": {name: file_hash(os.path.join(tmp, name)) for name in sorted(os.listdir(tmp))},
+    }
+    with open(os.path.join(tmp, "state.json"), "w") as f:
+        json.dump(state, f, indent=2)
+    for path in [os.path.join(tmp, name) for name in os.listdir(tmp)] + [tmp]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(tmp, final)
+    for old in sorted(name for name in os.listdir(folder) if not name.endswith(".tmp"))[:-2]:
+        shutil.rmtree(os.path.join(folder, old))
+
+
+@torch.no_grad()
+def read_checkpoint(folder: str, state: dict, model, optimizer, generator: Generator) -> None:
+    """The opposite of write_checkpoint. Every learner reads all, and keeps its part."""
+    weights, states = (load_file(os.path.join(folder, f"{name}.safetensors")) for name in ("model", "optimizer"))
+    for name, parameter in model.named_parameters():
+        parameter.copy_(part_of(weights[name], parameter))
+        values = {key.rpartition("/")[2]: value for key, value in states.items() if key.rpartition("/")[0] == name}
+        for key, value in values.items():
+            optimizer.state[parameter][key] = part_of(value, parameter) if value.shape == parameter.shape else value
+    for version, probe in state["probes"].items():
+        if version == "0":  # the engine starts from it
+            continue
+        path, tensors = "", None
+        if generator.plan.generates:
+            path = os.path.join(generator.folder.name, f"version-{int(version):06d}")
+            shutil.copytree(generator.weights.path, path)  # for its config.json
+            file = os.path.join(folder, f"version-{version}.safetensors")
+            shutil.copy(file, os.path.join(path, "model.safetensors"))
+            if generator.plan.device.type == "cuda":
+                tensors = {name: value.to(generator.plan.device) for name, value in load_file(file).items()}
+        generator.snapshots[int(version)] = Weights(int(version), tensors, path, probe)
+
+
+def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This learner's part of a tensor that is to be sharded as the parameter is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device)
+
+
+def last_checkpoint(args: Args) -> tuple[str, dict]:
+    """(folder, state.json) of the last checkpoint in --output-dir; refuses what is altered or of other flags."""
+    folder = os.path.join(args.output_dir, "checkpoints")
+    names = sorted(os.listdir(folder)) if args.output_dir and os.path.isdir(folder) else []
+    names = [name for name in names if not name.endswith(".tmp")]
+    if not names:
+        stop(f"--resume: there is no checkpoint in {folder!r}: name the --output-dir of a run that wrote one")
+    folder = os.path.join(folder, names[-1])
+    advice = "; delete that folder to continue from the checkpoint before it"
+    try:
+        with open(os.path.join(folder, "state.json")) as f:
+            state = json.load(f)
+        for name, sha256 in state["sha256"].items():
+            if file_hash(os.path.join(folder, name)) != sha256:
+                stop(f"--resume: {folder}/{name} is not what was written to it{advice}")
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"--resume: {folder} is damaged ({first_line(error)}){advice}")
+    if state["script"] != os.path.basename(__file__):
+        stop(f"--resume: {folder} was written by {state['script']}")
+    for name, value in asdict(args).items():
+        if name not in ("output_dir", "save_every", "resume", "track", "timeout") and state["args"].get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            stop(f"--resume: {folder} is of a run with {flag} {state['args'].get(name)}, not {value}")
+    return folder, state
+
+
+def file_hash(path: str) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Trace:
@@ -1135,7 +1300,8 @@ class Run:
             "versions": {d.name: d.version for d in distributions() if d.name in packages},
             "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()},
         }
-        self.write("config.json", config)
+        if not args.resume:
+            self.write("config.json", config)
         self.wandb = None
         if args.track and self.writes:
             import wandb
@@ -1161,8 +1327,6 @@ class Run:
 
     def log_step(self, t: int, rollout: Rollout, scores: Tensor, metrics: dict) -> None:
         """One line for batch t. Everything but time/... is the same in every run with the same seed."""
-        if SIGNALS:
-            sys.exit(128 + SIGNALS[0])
         now, args = time.perf_counter(), self.args
         times = {name: self.trace.seconds["learner", name, t] for name in ("snapshot", "wait", "label", "learn")}
         times |= {"load": rollout.load_seconds, "generate": rollout.generate_seconds}
@@ -1194,6 +1358,37 @@ class Run:
             shown += f", gold win-rate {last['win_rate']:.0%}" if self.args.gold else f", eval {last['score']:.2f}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
+
+    def checkpoint(self, t: int, model, optimizer, generator: Generator) -> None:
+        """Before batch t: write a checkpoint where one is due, or where a signal ends the run here."""
+        asked = bool(gather(torch.tensor([len(SIGNALS)])).any())
+        due = self.args.save_every and t % self.args.save_every == 0
+        if t > self.first and (due or asked):
+            with self.trace("learner", "checkpoint", step=t):
+                write_checkpoint(self.folder, self.writes, t, model, optimizer, generator)
+            self.last = None  # the step after a checkpoint is not timed
+        if asked:
+            if self.writes:
+                print(f"\nEnded by a signal before batch {t}; --resume --output-dir {self.folder} continues")
+            sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))
+
+    def restore(self, model, optimizer, generator: Generator) -> int:
+        """With --resume: take model, optimizer, snapshots and logs from the last checkpoint. Returns its version."""
+        self.first = 0
+        if self.args.resume:
+            folder, state = last_checkpoint(self.args)
+            self.first = state["version"]
+            read_checkpoint(folder, state, model, optimizer, generator)
+            if self.writes:
+                for name, size in state["sizes"].items():
+                    os.truncate(os.path.join(self.folder, name), size)
+            with open(os.path.join(self.folder, "metrics.jsonl")) as f:
+                records = [json.loads(line) for line in f]
+            self.steps = [record for record in records if "step" in record]
+            evals = [record for record in records if "step" not in record]
+            self.evals = [{name.removeprefix("eval/"): value for name, value in record.items()} for record in evals]
+            self.bar.update(self.first)
+        return self.first
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
         self.evals.append({"version": t} | metrics)
@@ -1268,5 +1463,7 @@ def git_commit() -> str:
         return "unknown"
 
 
+if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if __name__ == "__main__":
     main(tyro.cli(Args))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ["async_online_dpo.py", "async_rloo.py", "async_ppo.py", "sync_baseline.py"]
 DIFFER = {"Args", "check_algorithm", "Batch", "main", "Args.max_staleness"}  # the same name, but each has its own
 BUDGETS = {  # most lines that one of the pair may have in place of the other's, copies of other scripts left out
-    ("async_rloo.py", "async_ppo.py"): 135,
+    ("async_rloo.py", "async_ppo.py"): 140,
     ("async_online_dpo.py", "async_rloo.py"): 80,
     ("async_online_dpo.py", "sync_baseline.py"): 75,
 }

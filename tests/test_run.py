@@ -106,13 +106,6 @@ def run(task, engine, monkeypatch, tmp_path):
     return run
 
 
-def test_a_swallowed_signal_is_seen_at_the_next_step(run, monkeypatch):
-    monkeypatch.setattr(script, "SIGNALS", [signal.SIGTERM])
-    with pytest.raises(SystemExit) as left:
-        run()
-    assert left.value.code == 128 + signal.SIGTERM
-
-
 def metrics(folder):
     """The metrics without the times, and the trained weights."""
     with open(os.path.join(folder, "metrics.jsonl")) as f:
@@ -248,6 +241,81 @@ def test_no_staleness_is_the_plain_loop(run, task, engine):
     generator.folder.cleanup()
     trained = metrics(folder)[1]
     assert all(torch.equal(trained[name], p) for name, p in policy.named_parameters())
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("algo", ["online_dpo", "ppo"])
+def test_a_resumed_run_ends_as_if_never_interrupted(run, monkeypatch, algo, staleness):
+    """Ended at four random moments: while weights or a checkpoint are written, before learning, while evaluating."""
+    module, random = ALGORITHMS[algo], np.random.default_rng(staleness)
+    changes = dict(max_staleness=staleness, save_every=2, eval_every=3, eval_prompts=16)
+    calls, end = [0], [-1]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == end[0]:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("save_file", "make_batch", "learn", "write_checkpoint"):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    whole, _ = run("whole", module, **changes)
+    total = calls[0]
+    for moment in random.choice(np.arange(total // 2, total), 4, replace=False):
+        calls[0], end[0] = 0, moment
+        with pytest.raises(Killed):
+            run(f"run-{moment}", module, **changes)
+        end[0] = -1
+        folder, _ = run(f"run-{moment}", module, resume=True, **changes)
+        assert same(metrics(whole), metrics(folder)), moment
+        assert sorted(os.listdir(os.path.join(folder, "checkpoints"))) == ["version-000004", "version-000006"]
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(run, monkeypatch):
+    whole, _ = run("whole")
+
+    labelled = []
+
+    def signal_at_the_second_batch():
+        labelled.append(1)
+        if len(labelled) == 2:
+            script.SIGNALS.append(signal.SIGTERM)
+
+    monkeypatch.setattr(script, "SIGNALS", [])
+    with pytest.raises(SystemExit) as left:
+        run("run", before_label=signal_at_the_second_batch)
+    assert left.value.code == 128 + signal.SIGTERM and len(labelled) == 2
+    script.SIGNALS.clear()
+    folder, _ = run("run", resume=True)
+    assert same(metrics(whole), metrics(folder))
+
+
+def test_wrong_checkpoints_are_refused_by_name(run, capsys):
+    folder, _ = run("run", save_every=2)
+    last = os.path.join(folder, "checkpoints", "version-000006")
+
+    def refusal(**changes):
+        with pytest.raises(SystemExit) as left:
+            run("run", resume=True, save_every=2, **changes)
+        return str(left.value)
+
+    assert f"{last} is of a run with --learning-rate 0.001, not 0.002" in refusal(learning_rate=2e-3)
+    file = os.path.join(last, "optimizer.safetensors")
+    with open(file, "r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"x")
+    assert f"{file} is not what was written to it; delete that folder to continue" in refusal()
+    os.truncate(os.path.join(last, "state.json"), 100)
+    assert f"{last} is damaged" in refusal()
+    shutil.rmtree(os.path.join(folder, "checkpoints"))
+    assert f"there is no checkpoint in '{folder}/checkpoints'" in refusal()
 
 
 def test_an_exception_in_the_generator_reaches_the_learner(run):
@@ -403,9 +471,43 @@ def test_weights_and_biases_offline(run, monkeypatch, tmp_path):
     assert os.path.isdir(os.path.join(folder, "wandb"))
 
 
+def engine_of(pid):
+    """The process of vLLM below a run."""
+    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return next((int(line.split()[0]) for line in listing.splitlines() if "EngineCore" in line), None)
+
+
+@pytest.mark.parametrize("victim", ["run", "engine"])
+def test_a_killed_process_costs_nothing(task, tmp_path, victim):
+    """SIGKILL of the run, then --resume; SIGKILL of the engine, which is started again: the same results to the bit."""
+    changes = dict(total_episodes=32 * 40, save_every=5)
+    whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
+    status, output = start(task, name="async_rloo.py", output_dir=whole, **changes)
+    assert status == 0, output
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in (flags(task, output_dir=folder) | changes).items()]
+    process = subprocess.Popen([sys.executable, "async_rloo.py", *options], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    log, deadline = os.path.join(folder, "metrics.jsonl"), time.monotonic() + 120
+    while not (os.path.exists(log) and len(open(log).readlines()) > 12) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    engine = engine_of(process.pid)
+    os.kill(process.pid if victim == "run" else engine, signal.SIGKILL)
+    output = process.communicate(timeout=200)[0]
+    if victim == "run":
+        deadline = time.monotonic() + 20
+        while os.path.exists(f"/proc/{engine}") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not os.path.exists(f"/proc/{engine}")
+        status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **changes)
+        assert status == 0, output
+    else:
+        assert process.returncode == 0 and "vLLM died while making batch-" in output
+    assert same(metrics(whole), metrics(folder))
+    assert not [name for name in os.listdir("/dev/shm") if f"async-rlhf-{process.pid}-" in name]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing_behind(task, tmp_path, how):
-    """Ctrl-C or kill in the middle of training: the process ends, and so does the engine."""
+    """Ctrl-C or kill in the middle of training: the process ends with a checkpoint, and so does the engine."""
     options = [f"--{k.replace('_', '-')}={v}" for k, v in flags(task, total_episodes=64_000).items()]
     command = [sys.executable, "async_online_dpo.py", *options, f"--output-dir={tmp_path / 'run'}"]
     nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
