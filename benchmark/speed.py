@@ -254,8 +254,13 @@ def generator_of(name: str, times: int, **flags) -> None:
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     os.sched_setaffinity(0, parts.plan.generator_cores)
-    path, dtype = parts.args.model, parts.args.dtype
-    plain = LLM(model=path, dtype=dtype, max_model_len=113, distributed_executor_backend=UniProcExecutor)
+    options = dict(model=parts.args.model, dtype=parts.args.dtype, max_model_len=113)
+    options |= dict(distributed_executor_backend=UniProcExecutor)
+    plain = {}
+    for way in ("compiled", "eager"):
+        start = time.perf_counter()
+        plain[way] = LLM(enforce_eager=way == "eager", **options)
+        note("generator", f"{name}: start of the plain engine, {way}", [time.perf_counter() - start], "s")
     prompts = [{"prompt_token_ids": prompt} for prompt in rollout.prompts]
     common = dict(temperature=1.0, ignore_eos=True, detokenize=False)
     params = [SamplingParams(max_tokens=n, **common) for n in lengths]
@@ -263,17 +268,21 @@ def generator_of(name: str, times: int, **flags) -> None:
     with_seeds = [SamplingParams(max_tokens=n, seed=n, **common) for n in lengths]
     seconds = in_turn(
         times,
-        plain=lambda: plain.generate(prompts, params, use_tqdm=False),
+        plain=lambda: plain["compiled"].generate(prompts, params, use_tqdm=False),
         rollout=parts.rollout,
+        eager=lambda: plain["eager"].generate(prompts, params, use_tqdm=False),
         logprobs=lambda: parts.generator.llm.generate(prompts, with_logprobs, use_tqdm=False),
         seeds=lambda: parts.generator.llm.generate(prompts, with_seeds, use_tqdm=False),
     )
     tokens, plain_seconds = sum(lengths), seconds.pop("plain")
     note("generator", f"{name}: plain LLM.generate", [tokens / s for s in plain_seconds], "tokens/s")
+    labels = dict(rollout="rollout", eager="plain, but eager", logprobs="plain, eager, with logprobs",
+                  seeds="plain, eager, with seeds")  # fmt: skip
     for what, values in seconds.items():
-        label = what if what == "rollout" else f"plain with {what}"
+        label = labels[what]
         note("generator", f"{name}: {label} / plain", [a / b for a, b in zip(plain_seconds, values)], "ratio")
-    plain.llm_engine.engine_core.shutdown()
+    for llm in plain.values():
+        llm.llm_engine.engine_core.shutdown()
     parts.generator.close()
 
 
@@ -358,9 +367,17 @@ def startup() -> None:
 
 
 def memory() -> None:
+    """Of math-tiny, and of a random policy of SmolLM2-135M's shape that learns and generates in bfloat16."""
+    memory_of("math-tiny, 0.9 M", total_episodes=8 * 256)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as model:
+        random_llama(model, *SMOLLM2)
+        memory_of("135 M", model=model, dtype="bfloat16", batch_size=32, total_episodes=4 * 32, micro_batch_size=16)
+
+
+def memory_of(label: str, **changes) -> None:
     """Peak resident memory (VmHWM) of the two processes of a run; shared pages of libraries count in both."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = MATH | dict(total_episodes=8 * 256, output_dir=f"{folder}/run")
+        flags = MATH | changes | dict(output_dir=f"{folder}/run")
         options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         process = subprocess.Popen([sys.executable, "async_online_dpo.py", *options], stdout=-3, stderr=-3)
         peak = {}
@@ -378,11 +395,11 @@ def memory() -> None:
             time.sleep(0.2)
         if process.returncode:
             raise SystemExit("memory: the run failed")
-    numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MATH["model"]).parameters())
+    numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(flags["model"]).parameters())
     for name, value in peak.items():
-        note("memory", f"peak of the {name}", [value], "MiB")
+        note("memory", f"{label}: peak of the {name}", [value], "MiB")
     needed = numbers * 4 * 5 / 2**20
-    note("memory", "parameters, gradients, two optimizer states, reference (float32)", [needed], "MiB")
+    note("memory", f"{label}: parameters, gradients, two optimizer states, reference (float32)", [needed], "MiB")
 
 
 def peer() -> None:

@@ -120,11 +120,11 @@ def hosts():
 
 
 def test_two_hosts_with_a_generator_each_are_one(task, tmp_path, alone, hosts):
-    """A torchrun agent and a vLLM on each host; learners across the hosts."""
+    """A torchrun agent, a vLLM and two learners on each host."""
     folder, processes = str(tmp_path / "run"), []
     for rank, (name, wire, _) in enumerate(hosts):
         where = ["--nnodes=2", f"--node_rank={rank}", f"--master_addr={hosts[0][2]}", "--master_port=29512"]
-        command = [*TORCHRUN, *where, "--nproc_per_node=1", *options(task, "async_rloo.py", folder)]
+        command = [*TORCHRUN, *where, "--nproc_per_node=2", *options(task, "async_rloo.py", folder)]
         processes.append(start(["ip", "netns", "exec", name, *command], GLOO_SOCKET_IFNAME=wire))
     finish(*processes)
     assert_same_to_tolerance(alone("async_rloo.py"), folder)
