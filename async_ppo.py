@@ -59,6 +59,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from datasets import Dataset, load_dataset, load_from_disk
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -325,8 +326,8 @@ class Generator(threading.Thread):
                 if SIGNALS and (self.llm is None or waited > 20):  # starting, or hung: do not wait for the checkpoint
                     sys.exit(128 + SIGNALS[0])
                 if waited >= self.args.timeout:
-                    message = f"the learner waited {waited:.0f} s for {name} and the generator did not answer"
-                    raise TimeoutError(message) from None
+                    raise TimeoutError(f"the learner waited {waited:.0f} s (--timeout) for {name} and the generator "
+                                       f"did not answer") from None
                 continue
             if isinstance(item, BaseException):
                 raise RuntimeError(f"the generator failed: {type(item).__name__}: {item}") from item
@@ -350,7 +351,8 @@ class Generator(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
+            with self.trace("generator", "start", version=self.weights.version):
+                self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
             from vllm.v1.engine.exceptions import EngineDeadError
 
             gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
@@ -361,12 +363,14 @@ class Generator(threading.Thread):
                     rollout = self.generate(self.llm, send_weights, request, waited)
                 except EngineDeadError:
                     self.deaths += 1
-                    if self.deaths > MAX_ENGINE_DEATHS or not os.path.exists(request.weights.path):
-                        raise
+                    if self.deaths > MAX_ENGINE_DEATHS:
+                        raise RuntimeError(f"vLLM died {self.deaths} times, last while making {request.name}: run with "
+                                           f"VLLM_LOGGING_LEVEL=INFO to see why") from None
                     print(f"\nvLLM died while making {request.name}: starting it again (death {self.deaths} of at most "
                           f"{MAX_ENGINE_DEATHS})", flush=True)
-                    self.weights = request.weights
-                    self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
+                    with self.trace("generator", "start", version=request.weights.version):
+                        self.weights = request.weights
+                        self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
                     rollout = self.generate(self.llm, send_weights, request, waited)  # the same weights and seeds
                 self.rollouts.put(rollout)
                 idle = time.perf_counter()
@@ -455,7 +459,7 @@ def snapshot_weights(policy, version: int, probe: list[int], args: Args, folder:
         config = copy.deepcopy(policy.config)
         config.tie_word_embeddings = False
         config.save_pretrained(path)
-        save_file(tensors, os.path.join(path, "model.safetensors"))
+        write_tensors(tensors, os.path.join(path, "model.safetensors"))
     if device.type == "cuda":
         torch.cuda.synchronize()  # vLLM may read it from a stream of its own
     return Weights(version, tensors if device.type == "cuda" else None, path, logprobs)
@@ -557,8 +561,11 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args)
             loss.backward()  # the losses of the micro-batches add up to the mean over the mini-batch
             for name, values in micro_metrics.items():
                 metrics[name].append(values.detach())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-        metrics["grad_norm"].append(whole(norm)[None])
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        if not norm.isfinite():
+            raise FloatingPointError(f"update {u} of batch {t}: the norm of the gradients is {norm.item()}: look at "
+                                     f"the scores, or lower --learning-rate")
+        metrics["grad_norm"].append(norm[None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     metrics = {name: gather(torch.cat(values)) for name, values in metrics.items()}
@@ -584,7 +591,7 @@ def load_value_model(args: Args) -> torch.nn.Module:
     path = args.value_model or (args.model if is_function(args.reward) else args.reward)
     torch.manual_seed(args.seed)
     transformers.logging.set_verbosity_error()  # no report of a missing head
-    options = dict(num_labels=1, dtype=torch.float32, output_loading_info=True)
+    options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
     transformers.logging.set_verbosity_warning()
     if missing := set(info["missing_keys"]) - {"score.weight"}:
@@ -727,7 +734,7 @@ def main(args: Args) -> None:
     check_algorithm(args)
     plan = device_plan(args)
     start_learner(args, plan)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     train_data, eval_data = (load_prompts(args, split, tokenizer) for split in (args.train_split, args.eval_split))
     check_data(args, train_data, eval_data, tokenizer)
     eval_rows = range(min(args.eval_prompts, len(eval_data)) // plan.world * plan.world)
@@ -862,6 +869,8 @@ def start_learner(args: Args, plan: DevicePlan) -> None:
     else:
         torch.cuda.set_device(plan.device)
     if plan.world > 1:
+        if plan.world == int(os.environ["LOCAL_WORLD_SIZE"]):  # one host: its learners are reached on it only
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(timeout=timedelta(seconds=2 * args.timeout))
         if 1 < len(plan.served) < plan.world:  # several hosts
             plan.group, _ = dist.new_subgroups(len(plan.served), timeout=timedelta(seconds=2 * args.timeout))
@@ -869,7 +878,7 @@ def start_learner(args: Args, plan: DevicePlan) -> None:
 
 def load_policy(args: Args):
     """The starting policy, float32, without dropout."""
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def shard(model, args: Args, device: torch.device):
@@ -1031,7 +1040,8 @@ def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Calla
 
         return reward
 
-    model = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=1, dtype=torch.float32).eval()
+    options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
+    model = AutoModelForSequenceClassification.from_pretrained(spec, **options).eval()
     model = shard(model.requires_grad_(False), args, device)
 
     @torch.no_grad()
@@ -1048,13 +1058,17 @@ def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Calla
 
 
 def check_rollout(rollout: Rollout, expected: int, args: Args) -> None:
-    """Was this made by the weights of the expected version? By its label, and by the probe.
+    """Was this made by the weights of the expected version, by its label and by the probe? Are the lengths allowed?
 
     In float32 the probe tells neighbouring versions apart while the learning rate is not tiny (noise is 1e-5); in
     bfloat16 it finds grossly wrong weights only.
     """
     if rollout.version != expected:
         raise RuntimeError(f"{rollout.name} was made by version {rollout.version}, not {expected}")
+    lengths = [len(response) for response in rollout.responses]
+    if not 1 <= min(lengths) <= max(lengths) <= args.response_length:
+        raise RuntimeError(f"{rollout.name} has responses of {min(lengths)} to {max(lengths)} tokens: 1 to "
+                           f"{args.response_length} were asked for")
     limit = 1e-4 if args.dtype == "float32" else 0.5
     if not rollout.probe_error <= limit:
         raise RuntimeError(f"{rollout.name}: generator and learner differ by {rollout.probe_error:.4f} in a "
@@ -1124,10 +1138,12 @@ def first_line(error: BaseException) -> str:
 def check_model(flag: str, path: str) -> None:
     """Refuse what is no model, or has the wrong head, by its config.json."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         stop(f"--{flag} {path} is neither a folder with a config.json nor a model on the Hub{nearest_path(path)} "
              f"({first_line(error)})")
+    if os.path.isdir(path) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
+        stop(f"--{flag} {path} has no .safetensors file: no other format is read (save_pretrained writes it)")
     kind = ", ".join(config.architectures or ["model without a head"])
     if flag == "model" and "SequenceClassification" in kind:
         stop(f"--model {path} is a {kind}: it must be a language model")
@@ -1214,7 +1230,7 @@ def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> No
     for name in ("reward", "gold", "value_model"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name, "")
         if value and not is_function(value):
-            if AutoTokenizer.from_pretrained(value).get_vocab() != tokenizer.get_vocab():
+            if AutoTokenizer.from_pretrained(value, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
                 stop(f"{flag} {value} has another vocabulary than the policy: it must read the policy's tokens")
             if AutoConfig.from_pretrained(value).pad_token_id != tokenizer.pad_token_id:
                 stop(f"{flag} {value}: pad_token_id in its config.json must be {tokenizer.pad_token_id}")
@@ -1242,6 +1258,15 @@ def check_shared_memory(policy, args: Args) -> None:
              f"free some, lower --max-staleness, or in a container raise --shm-size")
 
 
+def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    """Write a safetensors file. Raises OSError with the path and the room that is left."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        raise OSError(f"{path} could not be written: {first_line(error)} ({free >> 20} MiB free there)") from None
+
+
 @torch.no_grad()
 def write_checkpoint(run: str, writes: bool, t: int, model, optimizer, generator: Generator) -> None:
     """Everything that batches t, t+1, ... depend on, written by the first learner to RUN/checkpoints/version-t.
@@ -1267,7 +1292,7 @@ def write_checkpoint(run: str, writes: bool, t: int, model, optimizer, generator
     shutil.rmtree(tmp, ignore_errors=True)
     os.makedirs(tmp)
     for name, content in tensors.items():
-        save_file({key: value.contiguous() for key, value in content.items()}, os.path.join(tmp, f"{name}.safetensors"))
+        write_tensors(content, os.path.join(tmp, f"{name}.safetensors"))
         for key, value in load_file(os.path.join(tmp, f"{name}.safetensors")).items():
             if not torch.equal(value, content[key].cpu()):
                 raise OSError(f"{tmp}/{name}.safetensors does not hold what was written to it")
@@ -1357,16 +1382,27 @@ class Trace:
 
     def __init__(self):
         self.start, self.events, self.seconds = time.perf_counter(), [], defaultdict(float)
+        self.last = {}  # of each track: what it does, or did last
 
     @contextlib.contextmanager
     def __call__(self, track: str, what: str, **details):
         begin = time.perf_counter()
+        self.last[track] = (what, details, begin, None)
         try:
             yield
         finally:
-            seconds = time.perf_counter() - begin
-            self.events.append((track, what, begin - self.start, seconds, details))
-            self.seconds[track, what, details.get("step")] += seconds
+            end = time.perf_counter()
+            self.events.append((track, what, begin - self.start, end - begin, details))
+            self.seconds[track, what, details.get("step")] += end - begin
+            self.last[track] = (what, details, begin, end)
+
+    def __str__(self) -> str:
+        """The last step of each side, for messages of errors."""
+        now, texts = time.perf_counter(), []
+        for track, (what, details, begin, end) in sorted(self.last.items()):
+            when = f"{now - begin:.0f} s so far" if end is None else f"ended {now - end:.0f} s ago"
+            texts.append(f"{track}: {what} ({', '.join(f'{k} {v}' for k, v in details.items())}), {when}")
+        return "; ".join(texts)
 
     def save(self, path: str) -> None:
         """In the format that chrome://tracing and Perfetto open (microseconds)."""
@@ -1408,7 +1444,13 @@ class Run:
             import wandb
 
             name = os.path.basename(os.path.normpath(self.folder))
-            self.wandb = wandb.init(project="async-rlhf", name=name, config=config, dir=self.folder)
+            options = dict(project="async-rlhf", name=name, config=config, dir=self.folder)
+            try:
+                self.wandb = wandb.init(**options)
+            except wandb.Error as error:
+                print(f"Weights & Biases cannot be reached ({first_line(error)}): logging to {self.folder}/wandb; "
+                      f"`wandb sync` uploads that")
+                self.wandb = wandb.init(mode="offline", **options)
 
     def write(self, name: str, content: dict) -> None:
         if self.writes:
@@ -1543,7 +1585,14 @@ class Run:
 
 
 def close(generator: Generator | None, run: Run | None) -> None:
-    """Leave nothing behind: no engine, no weights in shared memory, no process group."""
+    """Leave nothing behind: no engine, no weights in shared memory, no process group. An error is told where it was."""
+    error = sys.exception()
+    if run and isinstance(error, Exception):
+        found = os.path.join(run.folder, "checkpoints")
+        advice = f"--resume --output-dir {run.folder} continues from the last checkpoint"
+        advice = advice if os.path.isdir(found) else "no checkpoint was written (--save-every)"
+        error.add_note(f"{os.path.basename(__file__)} ended in batch {len(run.steps)} of {run.args.num_batches}; "
+                       f"{run.trace}; {advice}")
     if generator:
         generator.close()
     if run:

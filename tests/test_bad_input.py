@@ -1,5 +1,6 @@
 """Bad input: one line that names the flag or file and what would be right, before a model loads, within a second."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +79,9 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(prompt_length=2), "has 0 prompts within --prompt-length 2 tokens: every learner"),
     (DPO, dict(prompt_length=120), "--prompt-length 120 + --response-length 12 + 1 is more than the 128 positions of"),
     (DPO, dict(batch_size=1024, total_episodes=1024), "256 prompts are fewer than the 512 of one batch"),
+    (DPO, dict(model="{}/pickled"), "--model {}/pickled has no .safetensors file: no other format is read"),
+    (DPO, dict(reward="{}/pickled-rm"), "--reward {}/pickled-rm has no .safetensors file: no other format is read"),
+    (DPO, dict(model="{}/remote-code"), "contains custom code which must be executed"),
     (DPO, dict(output_dir="{}/data"), "--output-dir {}/data is not empty: name a new folder"),
     (DPO, dict(output_dir="{}/policy/config.json"), "--output-dir {}/policy/config.json is a file: name a new folder"),
 ]  # fmt: skip
@@ -100,6 +104,14 @@ def task(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/rm")
     tokenizer.add_tokens(["more"])
     tokenizer.save_pretrained(f"{folder}/other-words")
+    for name, source in {"pickled": "policy", "pickled-rm": "rm"}.items():
+        shutil.copytree(f"{folder}/{source}", f"{folder}/{name}")
+        os.rename(f"{folder}/{name}/model.safetensors", f"{folder}/{name}/pytorch_model.bin")
+    os.mkdir(f"{folder}/remote-code")
+    with open(f"{folder}/remote-code/config.json", "w") as f:
+        json.dump({"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}, f)
+    with open(f"{folder}/remote-code/strange.py", "w") as f:
+        f.write(f"open('{folder}/code-was-run', 'w')")
     numbers = Dataset.from_dict({"query": [1, 2], "reference": ["a", "b"]})
     DatasetDict({"train": numbers, "validation": numbers}).save_to_disk(f"{folder}/numbers")
     return folder
@@ -130,6 +142,7 @@ def refusal(script, task, monkeypatch, flags):
 @pytest.mark.parametrize("script, flags, message", CASES, ids=lambda x: getattr(x, "__name__", str(x))[:50])
 def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch):
     assert message.replace("{}", task) in refusal(script, task, monkeypatch, flags)
+    assert not os.path.exists(f"{task}/code-was-run")
     assert sorted(os.listdir(f"{task}/data")) == ["dataset_dict.json", "train", "validation"]  # nothing is lost
 
 

@@ -1,120 +1,20 @@
-"""Whole runs with a real vLLM engine: lag, order, determinism, failures, and what a run leaves behind."""
+"""Whole runs with a real vLLM engine: lag, order, determinism, and what a run leaves. Failures: test_failures.py."""
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import async_online_dpo as script
-import async_ppo
-import async_rloo
 import sync_baseline
-from tests import tiny
-
-ALGORITHMS = {"online_dpo": script, "rloo": async_rloo, "ppo": async_ppo}
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return tiny.make(str(tmp_path_factory.mktemp("tiny")))
-
-
-def flags(task, **changes):
-    """The flags of a run of 6 batches of 16 prompts x 2 samples, as a dict of Args fields."""
-    flags = dict(model=f"{task}/policy", reward=f"{task}/rm", gold="tests.tiny:reward", dataset=f"{task}/data")
-    flags |= dict(batch_size=32, total_episodes=192, prompt_length=32, response_length=12, learning_rate=1e-3)
-    return flags | dict(eval_every=0, dtype="float32") | changes
-
-
-class SharedEngine:
-    """One real engine for many runs: a run may use it as its own, but not shut it down."""
-
-    def __init__(self, llm):
-        self.llm, self.llm_engine = llm, SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
-
-    def __getattr__(self, name):
-        return getattr(self.llm, name)
-
-
-@pytest.fixture(scope="module")
-def engine(task, tmp_path_factory):
-    """(llm, send_weights) of a real vLLM in its default layout: engine in a child process, on its own cores."""
-    affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    args = script.Args(**flags(task))
-    plan = script.device_plan(args)
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    folder = str(tmp_path_factory.mktemp("weights"))
-    weights = script.snapshot_weights(policy, 0, [5, 6, 7], args, folder)
-    os.environ.update(plan.engine_env)
-    llm, send_weights = script.start_engine(args, plan, weights)
-    os.sched_setaffinity(0, affinity)
-    yield SharedEngine(llm), send_weights
-    llm.llm_engine.engine_core.shutdown()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def run(task, engine, monkeypatch, tmp_path):
-    """run(**changes) -> (output folder, rollouts as they were received): main() of a script with the shared engine."""
-    llm, send_weights = engine
-    affinity = os.sched_getaffinity(0)
-
-    def run(name="run", module=script, before_load=lambda weights: None, before_label=lambda: None, **changes):
-        rollouts, make_batch, check = [], module.make_batch, module.check_rollout
-
-        def start_engine(args, plan, weights):
-            send_weights(weights)
-
-            def send(weights):
-                before_load(weights)
-                send_weights(weights)
-
-            return llm, send
-
-        def slow_batch(*args):
-            before_label()
-            return make_batch(*args)
-
-        def record(rollout, expected, args):
-            check(rollout, expected, args)
-            if rollout.name.startswith("batch"):
-                rollouts.append(rollout)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "start_engine", start_engine)
-            patch.setattr(module, "make_batch", slow_batch)
-            patch.setattr(module, "check_rollout", record)
-            folder = str(tmp_path / name)
-            try:
-                module.main(module.Args(**flags(task, output_dir=folder) | changes))
-            finally:
-                os.sched_setaffinity(0, affinity)
-        return folder, rollouts
-
-    return run
-
-
-def metrics(folder):
-    """The metrics without the times, and the trained weights."""
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        records = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in f]
-    return records, load_file(os.path.join(folder, "policy", "model.safetensors"))
-
-
-def same(a, b):
-    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
+from tests.runs import ALGORITHMS, HERE, flags, metrics, same, start
 
 
 @pytest.mark.parametrize("slow", ["generator", "learner"])
@@ -243,97 +143,6 @@ def test_no_staleness_is_the_plain_loop(run, task, engine):
     assert all(torch.equal(trained[name], p) for name, p in policy.named_parameters())
 
 
-class Killed(BaseException):
-    """Nothing may catch it."""
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 2])
-@pytest.mark.parametrize("algo", ["online_dpo", "ppo"])
-def test_a_resumed_run_ends_as_if_never_interrupted(run, monkeypatch, algo, staleness):
-    """Ended at four random moments: while weights or a checkpoint are written, before learning, while evaluating."""
-    module, random = ALGORITHMS[algo], np.random.default_rng(staleness)
-    changes = dict(max_staleness=staleness, save_every=2, eval_every=3, eval_prompts=16)
-    calls, end = [0], [-1]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == end[0]:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("save_file", "make_batch", "learn", "write_checkpoint"):
-        monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    whole, _ = run("whole", module, **changes)
-    total = calls[0]
-    for moment in random.choice(np.arange(total // 2, total), 4, replace=False):
-        calls[0], end[0] = 0, moment
-        with pytest.raises(Killed):
-            run(f"run-{moment}", module, **changes)
-        end[0] = -1
-        folder, _ = run(f"run-{moment}", module, resume=True, **changes)
-        assert same(metrics(whole), metrics(folder)), moment
-        assert sorted(os.listdir(os.path.join(folder, "checkpoints"))) == ["version-000004", "version-000006"]
-
-
-def test_a_signal_ends_the_run_with_a_checkpoint(run, monkeypatch):
-    whole, _ = run("whole")
-
-    labelled = []
-
-    def signal_at_the_second_batch():
-        labelled.append(1)
-        if len(labelled) == 2:
-            script.SIGNALS.append(signal.SIGTERM)
-
-    monkeypatch.setattr(script, "SIGNALS", [])
-    with pytest.raises(SystemExit) as left:
-        run("run", before_label=signal_at_the_second_batch)
-    assert left.value.code == 128 + signal.SIGTERM and len(labelled) == 2
-    script.SIGNALS.clear()
-    folder, _ = run("run", resume=True)
-    assert same(metrics(whole), metrics(folder))
-
-
-def test_wrong_checkpoints_are_refused_by_name(run, capsys):
-    folder, _ = run("run", save_every=2)
-    last = os.path.join(folder, "checkpoints", "version-000006")
-
-    def refusal(**changes):
-        with pytest.raises(SystemExit) as left:
-            run("run", resume=True, save_every=2, **changes)
-        return str(left.value)
-
-    assert f"{last} is of a run with --learning-rate 0.001, not 0.002" in refusal(learning_rate=2e-3)
-    file = os.path.join(last, "optimizer.safetensors")
-    with open(file, "r+b") as f:
-        f.seek(-1, os.SEEK_END)
-        f.write(b"x")
-    assert f"{file} is not what was written to it; delete that folder to continue" in refusal()
-    os.truncate(os.path.join(last, "state.json"), 100)
-    assert f"{last} is damaged" in refusal()
-    shutil.rmtree(os.path.join(folder, "checkpoints"))
-    assert f"there is no checkpoint in '{folder}/checkpoints'" in refusal()
-
-
-def test_an_exception_in_the_generator_reaches_the_learner(run):
-    def fail(weights):
-        if weights.version == 2:
-            raise ValueError("broken on purpose")
-
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="the generator failed: ValueError: broken on purpose"):
-        run(before_load=fail)
-    assert time.monotonic() - start < 60
-
-
-def test_a_reward_function_of_wrong_length_is_refused(run):
-    with pytest.raises(ValueError, match="tests.tiny:short_reward returned 31 scores for 32 responses"):
-        run(reward="tests.tiny:short_reward")
-
-
 def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
     """If the engine gets the weights of another version than the label says, the probe tells."""
     make = script.snapshot_weights
@@ -388,14 +197,6 @@ def test_colocated_baseline_gives_the_same_results(run):
 
 # ------------------------------------------------------------------------------------------------ as a user starts it
 CHATTER = ("WARNING", "INFO", "Warning", "Triton", "Loading safetensors", "Traceback", "newly initialized", "MISSING")
-
-
-def start(task, *extra, name="async_online_dpo.py", **changes):
-    """Run a script in a process of its own. Returns (exit status, output)."""
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in (flags(task) | changes).items()]
-    command = [sys.executable, name, *options, *extra]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -462,67 +263,3 @@ def test_the_trained_policy_opens_in_transformers_and_vllm(finished, engine):
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=env, timeout=200)
     want = policy.generate(torch.tensor([[3, 6, 4]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
     assert f"GOT {want}" in done.stdout, done.stdout + done.stderr
-
-
-def test_weights_and_biases_offline(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    folder, _ = run("tracked", track=True)
-    assert os.path.isdir(os.path.join(folder, "wandb"))
-
-
-def engine_of(pid):
-    """The process of vLLM below a run."""
-    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return next((int(line.split()[0]) for line in listing.splitlines() if "EngineCore" in line), None)
-
-
-@pytest.mark.parametrize("victim", ["run", "engine"])
-def test_a_killed_process_costs_nothing(task, tmp_path, victim):
-    """SIGKILL of the run, then --resume; SIGKILL of the engine, which is started again: the same results to the bit."""
-    changes = dict(total_episodes=32 * 40, save_every=5)
-    whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
-    status, output = start(task, name="async_rloo.py", output_dir=whole, **changes)
-    assert status == 0, output
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in (flags(task, output_dir=folder) | changes).items()]
-    process = subprocess.Popen([sys.executable, "async_rloo.py", *options], cwd=HERE, stdout=subprocess.PIPE, text=True)
-    log, deadline = os.path.join(folder, "metrics.jsonl"), time.monotonic() + 120
-    while not (os.path.exists(log) and len(open(log).readlines()) > 12) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    engine = engine_of(process.pid)
-    os.kill(process.pid if victim == "run" else engine, signal.SIGKILL)
-    output = process.communicate(timeout=200)[0]
-    if victim == "run":
-        deadline = time.monotonic() + 20
-        while os.path.exists(f"/proc/{engine}") and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not os.path.exists(f"/proc/{engine}")
-        status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **changes)
-        assert status == 0, output
-    else:
-        assert process.returncode == 0 and "vLLM died while making batch-" in output
-    assert same(metrics(whole), metrics(folder))
-    assert not [name for name in os.listdir("/dev/shm") if f"async-rlhf-{process.pid}-" in name]
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing_behind(task, tmp_path, how):
-    """Ctrl-C or kill in the middle of training: the process ends with a checkpoint, and so does the engine."""
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in flags(task, total_episodes=64_000).items()]
-    command = [sys.executable, "async_online_dpo.py", *options, f"--output-dir={tmp_path / 'run'}"]
-    nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, cwd=HERE, start_new_session=True, **nowhere)
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(how)
-    try:
-        assert process.wait(timeout=60) == 128 + how
-    finally:
-        process.kill()
-    list_left = ["ps", "-o", "pid=,stat=,args=", "-s", str(process.pid)]
-    deadline = time.monotonic() + 10
-    while (left := subprocess.run(list_left, capture_output=True, text=True).stdout) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left and not [name for name in os.listdir("/dev/shm") if f"async-rlhf-{process.pid}-" in name]

@@ -20,6 +20,35 @@ def short_reward(prompts: list[str], responses: list[str], **columns) -> list[fl
     return [0.0] * (len(responses) - 1)
 
 
+def broken_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    return [1 / 0]
+
+
+def nan_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    return [float("nan")] * len(responses)
+
+
+def huge_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    """Finite, but not the losses that follow."""
+    return [3e38 * (-1) ** i for i in range(len(responses))]
+
+
+def equal_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    return [1.0] * len(responses)
+
+
+calls = 0
+
+
+def fragile_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    """reward, but the fourth call of the learner that $BREAK_RANK names fails."""
+    global calls
+    calls += 1
+    if calls == 4 and os.environ["RANK"] == os.environ.get("BREAK_RANK"):
+        raise ValueError(f"broken on rank {os.environ['RANK']}")
+    return reward(prompts, responses)
+
+
 def make(folder: str) -> str:
     """Write policy/, rm/ and data/ under folder; same bytes every time."""
     vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", "Q:", "A:", *WORDS])}

@@ -1,0 +1,168 @@
+"""Two hours of faults: python -m benchmark.soak (--batches for a shorter one). Task: tldr-tiny, or --task FOLDER.
+
+One run undisturbed, then the same with a fault every minute or two: the run killed (SIGKILL) or asked to end (SIGTERM)
+and resumed, its last checkpoint altered (which must be refused) and deleted, the engine killed or stopped for some
+seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes must be flat, and
+no process and no folder in /dev/shm may be left. The result goes to benchmark/results/soak.json.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors.torch import load_file
+
+from async_rloo import git_commit
+
+RESULTS = Path("benchmark/results/soak.json")
+
+
+@dataclass
+class Args:
+    batches: int = 5000
+    """batches of each of the two runs"""
+    seconds: float = 90.0
+    """mean time between two faults"""
+    seed: int = 1
+    """of the faults"""
+    task: str = "tasks/tldr-tiny"
+    """folder with sft-m, rm-m and data"""
+
+
+def command(args: Args, folder: Path, *extra: str) -> list[str]:
+    files = [f"--model={args.task}/sft-m", f"--reward={args.task}/rm-m", f"--dataset={args.task}/data"]
+    sizes = ["--batch-size=32", f"--total-episodes={32 * args.batches}", "--learning-rate=1e-5", "--save-every=25"]
+    options = [*files, *sizes, "--eval-every=500", "--eval-prompts=64", f"--output-dir={folder}", *extra]
+    return [sys.executable, "async_rloo.py", *options]
+
+
+def engine_of(pid: int) -> int | None:
+    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return next((int(line.split()[0]) for line in listing.splitlines() if "EngineCore" in line), None)
+
+
+def resident(pid: int | None) -> float | None:
+    """Resident memory in MiB."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return None
+
+
+def start(args: Args, folder: Path, *extra: str) -> subprocess.Popen:
+    with open(f"{folder}.log", "a") as log:
+        return subprocess.Popen(command(args, folder, *extra), stdout=log, stderr=log)
+
+
+def batches(folder: Path) -> int:
+    log = folder / "metrics.jsonl"
+    return log.read_text().count('"step"') if log.exists() else 0
+
+
+def undisturbed(args: Args, folder: Path) -> list[dict]:
+    """Run to the end. Returns resident memory over time."""
+    process, memory, begin = start(args, folder), [], time.time()
+    while process.poll() is None:
+        time.sleep(5)
+        sizes = dict(learner=resident(process.pid), engine=resident(engine_of(process.pid)))
+        if batches(folder) and None not in sizes.values():
+            memory.append({"minutes": round((time.time() - begin) / 60, 2), "batch": batches(folder)} | sizes)
+    if process.returncode:
+        raise SystemExit(f"the undisturbed run failed: see {folder}.log")
+    return memory
+
+
+def disturbed(args: Args, folder: Path) -> Counter:
+    """Run to the end with faults. Returns how many there were of each kind."""
+    dice, counts = random.Random(args.seed), Counter()
+    process, deaths = start(args, folder), 0
+    while True:
+        try:
+            process.wait(timeout=20 + dice.expovariate(1 / max(1.0, args.seconds - 20)))
+            if process.returncode == 0:
+                return counts
+            raise SystemExit(f"the disturbed run ended by itself with status {process.returncode}: see {folder}.log")
+        except subprocess.TimeoutExpired:
+            pass
+        kind = dice.choice(["kill", "end", "alter", "kill engine", "stop engine"])
+        engine = engine_of(process.pid)
+        if engine is None or (kind == "kill engine" and deaths == 3):
+            kind = "kill"  # before there is an engine, or after its last allowed death
+        counts[kind] += 1
+        print(f"{time.strftime('%H:%M:%S')} batch {batches(folder)}: {kind}", flush=True)
+        if kind == "kill engine":
+            os.kill(engine, signal.SIGKILL)
+            deaths += 1
+            continue
+        if kind == "stop engine":
+            os.kill(engine, signal.SIGSTOP)
+            time.sleep(dice.uniform(1, 20))
+            os.kill(engine, signal.SIGCONT)
+            continue
+        process.send_signal(signal.SIGTERM if kind == "end" else signal.SIGKILL)
+        process.wait(timeout=60)
+        saved = sorted((folder / "checkpoints").glob("version-??????"))
+        if kind == "alter" and saved:
+            with open(saved.pop() / "optimizer.safetensors", "r+b") as f:
+                f.seek(-1, os.SEEK_END)
+                last = f.read(1)
+                f.seek(-1, os.SEEK_END)
+                f.write(bytes([last[0] ^ 1]))
+            refused = subprocess.run(command(args, folder, "--resume"), capture_output=True, text=True)
+            if refused.returncode == 0 or "is not what was written to it" not in refused.stderr:
+                raise SystemExit(f"an altered checkpoint was not refused:\n{refused.stderr[-2000:]}")
+            shutil.rmtree(re.search(r"(\S+)/optimizer.safetensors is not", refused.stderr)[1])
+        if not saved:
+            shutil.rmtree(folder, ignore_errors=True)
+        process, deaths = start(args, folder, *["--resume"] * bool(saved)), 0
+
+
+def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    records = [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+    return records, load_file(folder / "policy" / "model.safetensors")
+
+
+def main(args: Args) -> None:
+    begin = time.time()
+    with tempfile.TemporaryDirectory() as tmp:
+        one, other = Path(tmp, "undisturbed"), Path(tmp, "disturbed")
+        memory = undisturbed(args, one)
+        minutes = [(time.time() - begin) / 60]
+        counts = disturbed(args, other)
+        minutes.append((time.time() - begin) / 60 - minutes[0])
+        (records, weights), (others, other_weights) = results(one), results(other)
+        equal = records == others and all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+    shared = [name for name in os.listdir("/dev/shm") if re.match(r"async-rlhf-\d+-", name)]
+    left = subprocess.run(["pgrep", "-f", "VLLM::EngineCore"], capture_output=True, text=True).stdout.split()
+    tenth = memory[len(memory) // 10 :]  # after the start
+    grown = {side: tenth[-1][side] - tenth[0][side] for side in ("learner", "engine")}
+    per_batch = {side: size * 1024 / (tenth[-1]["batch"] - tenth[0]["batch"]) for side, size in grown.items()}
+    found = {
+        "command": f"python -m benchmark.soak --batches {args.batches} --seconds {args.seconds} --seed {args.seed}",
+        "commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "faults": counts, "equal_to_the_last_bit": equal,
+        "left_in_dev_shm": shared, "engines_left": left, "minutes_undisturbed_and_disturbed": minutes,
+        "growth_of_resident_memory_mib": grown, "growth_kib_per_batch": per_batch,
+        "memory_mib": tenth[:: max(1, len(tenth) // 40)],
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in found.items() if name != "memory_mib"}, indent=1))
+    if not equal or shared or left:
+        raise SystemExit("the disturbed run is not as the undisturbed one, or something was left")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

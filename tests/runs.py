@@ -1,0 +1,62 @@
+"""Runs of the scripts on tests/tiny.py's task, and what they leave: shared by the tests."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import torch
+from safetensors.torch import load_file
+
+import async_online_dpo
+import async_ppo
+import async_rloo
+
+ALGORITHMS = {"online_dpo": async_online_dpo, "rloo": async_rloo, "ppo": async_ppo}
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def flags(task, **changes):
+    """The flags of a run of 6 batches of 16 prompts x 2 samples, as a dict of Args fields."""
+    flags = dict(model=f"{task}/policy", reward=f"{task}/rm", gold="tests.tiny:reward", dataset=f"{task}/data")
+    flags |= dict(batch_size=32, total_episodes=192, prompt_length=32, response_length=12, learning_rate=1e-3)
+    return flags | dict(eval_every=0, dtype="float32") | changes
+
+
+def metrics(folder):
+    """The metrics without the times, and the trained weights."""
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        records = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in f]
+    return records, load_file(os.path.join(folder, "policy", "model.safetensors"))
+
+
+def same(a, b):
+    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
+
+
+def command(task, *extra, name="async_online_dpo.py", **changes):
+    """The command line of a run."""
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in (flags(task) | changes).items()]
+    return [sys.executable, name, *options, *extra]
+
+
+def start(task, *extra, **changes):
+    """Run a script in a process of its own. Returns (exit status, output)."""
+    done = subprocess.run(command(task, *extra, **changes), cwd=HERE, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def until_batch(t, folder):
+    """Wait until a run has learned from t batches."""
+    log, deadline = os.path.join(folder, "metrics.jsonl"), time.monotonic() + 120
+    while not (os.path.exists(log) and len(open(log).readlines()) >= t):
+        assert time.monotonic() < deadline, f"{folder} has not come to batch {t}"
+        time.sleep(0.02)
+
+
+def engine_of(pid, newest=False):
+    """The process of vLLM below a run (below a test there may be the shared one too: take the newest)."""
+    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    engines = [int(line.split()[0]) for line in listing.splitlines() if "EngineCore" in line]
+    return max(engines) if newest else engines[0]
