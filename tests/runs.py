@@ -55,8 +55,8 @@ def until_batch(t, folder):
         time.sleep(0.02)
 
 
-def engine_of(pid, newest=False):
-    """The process of vLLM below a run (below a test there may be the shared one too: take the newest)."""
-    listing = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    engines = [int(line.split()[0]) for line in listing.splitlines() if "EngineCore" in line]
-    return max(engines) if newest else engines[0]
+def engine_of(pid):
+    """The process of vLLM below a run; below the tests' own process there may be the shared one too: the newest."""
+    listing = ["ps", "-o", "pid=,args=", "--sort=start_time", "--ppid", str(pid)]
+    lines = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if "EngineCore" in line][-1]

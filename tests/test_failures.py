@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import pytest
+import wandb
 
 import async_online_dpo as script
 import async_ppo
@@ -31,7 +32,8 @@ class Killed(BaseException):
 
 
 CASES = [(module, dict(max_staleness=s)) for module in (script, async_ppo) for s in (0, 1, 2)]
-CASES += [(sync_baseline, dict(algo="ppo", placement="colocate")), (async_rloo, dict(num_mini_batches=2, num_epochs=2))]
+CASES += [(sync_baseline, dict(algo="ppo", placement="colocate"))]
+CASES += [(async_rloo, dict(num_mini_batches=2, num_epochs=2, batch_size=16))]
 
 
 @pytest.mark.parametrize("module, changes", CASES, ids=[f"{m.__name__}-{list(c.values())}" for m, c in CASES])
@@ -226,6 +228,7 @@ def test_weights_and_biases_unreachable(run, monkeypatch, capfd):
     options = dict(BASE_URL="http://127.0.0.1:9", API_KEY=secret, INIT_TIMEOUT="3", MODE="online", SILENT="true")
     for name, value in options.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it has read the variables before
     folder, _ = run("tracked", track=True)
     assert "Weights & Biases cannot be reached" in capfd.readouterr().out
     assert [name for name in os.listdir(os.path.join(folder, "wandb")) if name.startswith("offline-run")]
@@ -278,10 +281,10 @@ def test_a_killed_run_resumes_to_the_same_bits(task, tmp_path, undisturbed):
     folder = str(tmp_path / "run")
     process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
     until_batch(12, folder)
-    engine = engine_of(process.pid)
+    assert str(engine_of(process.pid)) in marked(process)
     process.kill()
     process.wait(timeout=60)
-    assert left_behind(process)[0] == [] and not os.path.exists(f"/proc/{engine}")
+    assert left_behind(process)[0] == []
     status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **LONG)
     assert status == 0, output
     assert same(undisturbed, metrics(folder))
@@ -289,16 +292,32 @@ def test_a_killed_run_resumes_to_the_same_bits(task, tmp_path, undisturbed):
 
 
 def test_the_engines_death_costs_nothing(task, tmp_path, undisturbed):
-    """Killed first, out of memory later: vLLM is started again both times, and the results are the same to the bit."""
+    """Killed twice: vLLM is started again both times, and the results are the same to the bit."""
     folder = str(tmp_path / "run")
     process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
-    until_batch(8, folder)
-    os.kill(engine_of(process.pid), signal.SIGKILL)
-    until_batch(20, folder)
-    resource.prlimit(engine_of(process.pid), resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+    for t in (8, 20):
+        until_batch(t, folder)
+        os.kill(engine_of(process.pid), signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert "starting it again (death 1 of" in output and "starting it again (death 2 of" in output
+    assert same(undisturbed, metrics(folder))
+    assert left_behind(process) == NOTHING
+
+
+def test_an_engine_out_of_memory_costs_nothing(task, tmp_path, undisturbed):
+    """It either dies of that, and is started again, or its error ends the run, and --resume goes on: the same bits."""
+    folder = str(tmp_path / "run")
+    process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
+    until_batch(8, folder)
+    resource.prlimit(engine_of(process.pid), resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+    output = process.communicate(timeout=200)[0]
+    if process.returncode == 0:
+        assert "starting it again (death 1 of" in output
+    else:
+        assert re.search("RuntimeError: the generator failed: .*allocate memory.*--resume", output, re.DOTALL), output
+        status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **LONG)
+        assert status == 0, output
     assert same(undisturbed, metrics(folder))
     assert left_behind(process) == NOTHING
 
@@ -322,7 +341,7 @@ def test_too_many_deaths_end_the_run(task, tmp_path, monkeypatch):
 
     def kill():
         until_batch(2, folder)
-        os.kill(engine_of(os.getpid(), newest=True), signal.SIGKILL)
+        os.kill(engine_of(os.getpid()), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -364,18 +383,23 @@ def test_a_port_in_use_is_told(task, tmp_path):
     assert "address already in use" in output, output
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing_behind(task, tmp_path, how):
-    """Ctrl-C or kill in the middle of training: the process ends with a checkpoint, and so does the engine."""
+def test_ctrl_c_leaves_nothing_behind(task, tmp_path):
+    """In the middle of training: the process ends with a checkpoint, and so does the engine. SIGTERM: see below."""
     folder = str(tmp_path / "run")
     process = popen(command(task, output_dir=folder, total_episodes=64_000))
     until_batch(1, folder)
+    end_by(process, signal.SIGINT)
+
+
+def end_by(process, number):
+    """Send a signal; the run must end within 30 s, with a checkpoint. Returns its output."""
     begin = time.monotonic()
-    process.send_signal(how)
+    process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + how and "--resume --output-dir" in output, output
+    assert process.returncode == 128 + number and "--resume --output-dir" in output, output
     assert time.monotonic() - begin < 30
     assert left_behind(process) == NOTHING
+    return output
 
 
 # --------------------------------------------------------------------------------------------------------------- trust
@@ -398,13 +422,13 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 def test_sockets_listen_on_loopback_only_and_secrets_stay_secret(task, tmp_path):
     secret, folder = "s3cr3t-token-0123456789", str(tmp_path / "run")
-    process = popen(command(task, output_dir=folder), HF_TOKEN=secret, WANDB_API_KEY=secret)
+    process = popen(command(task, output_dir=folder, total_episodes=64_000), HF_TOKEN=secret, WANDB_API_KEY=secret)
     until_batch(1, folder)
     with open(f"/proc/{engine_of(process.pid)}/environ") as f:
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in f.read()
     found = listening(process.pid) | listening(engine_of(process.pid))
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0 and found <= LOOPBACK, (found, output)
+    output = end_by(process, signal.SIGTERM)
+    assert found <= LOOPBACK
     files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
     assert len(files) > 5 and secret not in output
     for file in files:

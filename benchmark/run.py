@@ -1,0 +1,121 @@
+"""Run a grid, one run at a time: python -m benchmark.run NAME SCRIPT --flag value[,value...] ...
+
+    python -m benchmark.run lag async_rloo.py --max-staleness 0,1,2,4 --rloo-loss proximal,vanilla --seed 1,2,3
+
+Values with commas span the grid; the last one changes fastest. A run is kept in runs/NAME/, in a folder named after
+what varies and a hash of all flags. Finished ones are skipped, those with a checkpoint are resumed, others begin anew;
+a run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that
+are there: a line an evaluation. LAUNCH="torchrun ..." starts the
+scripts with that instead of Python; with DRY=1 the commands are only printed.
+"""
+
+import csv
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+# The columns of the table, from the flags, the evaluation, and the steps before it (means).
+FLAGS = ("seed", "model", "reward", "placement", "algo", "dpo_loss", "rloo_loss", "ppo_loss", "max_staleness")
+FLAGS += ("num_mini_batches", "num_epochs", "samples_per_prompt", "learning_rate", "lr_schedule", "batch_size")
+EVALUATION = ("win_rate", "gold_score", "score", "ended", "kl", "perplexity", "response_length")
+STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "effective_sample_size", "grad_norm")
+
+
+def grid(options: list[str]) -> list[list[str]]:
+    """["--a", "1,2", "--b=3"] -> [["--a=1", "--b=3"], ["--a=2", "--b=3"]]."""
+    axes, words = [], iter(options)
+    for word in words:
+        flag, equals, values = word.partition("=")
+        values = values if equals else next(words, None)
+        if not flag.startswith("--") or values is None:
+            raise SystemExit(f"benchmark.run: {word} is not a flag with a value")
+        axes.append([f"{flag}={value}" for value in values.split(",")])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Path:
+    """runs/NAME/<script>-<what varies>-<hash of all>."""
+    shown = [Path(script).stem] + [flag[2:] for flag in flags if flag.split("=")[0] in varied]
+    digest = hashlib.sha256("\0".join([script, *flags]).encode()).hexdigest()[:8]
+    return Path("runs", name, "-".join([*(re.sub(r"[^\w.=-]", "_", part) for part in shown), digest]))
+
+
+def run(script: str, flags: list[str], folder: Path) -> None:
+    """One run of a script, to its end."""
+    if (folder / "summary.json").exists():
+        return
+    resume = any((folder / "checkpoints").glob("version-??????"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    launcher = shlex.split(os.environ.get("LAUNCH", sys.executable))
+    command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
+    print(shlex.join(command), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        output = done.stdout[-3000:] + done.stderr[-3000:]
+        raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {done.returncode}")
+
+
+def rows(folder: Path) -> list[dict]:
+    """A line for each evaluation of a finished run."""
+    config = json.loads((folder / "config.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    step = json.loads((folder / "summary.json").read_text())["step"]
+    args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
+    same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
+    same |= {name: args.get(name, "") for name in FLAGS}
+    where = {"step_seconds": round(step, 4), "command": config["command"].split(" --output-dir")[0]}
+    where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
+    found, steps, episodes, seconds = [], [], 0, 0.0
+    for record in records:
+        if "step" in record:
+            steps.append(record)
+            episodes, seconds = record["episodes"], seconds + (record["time/step"] or step)
+            continue
+        values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
+        values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}
+        values |= {name: float(np.mean([s[name] for s in steps])) for name in STEPS if steps}
+        found.append(same | {k: round(v, 5) for k, v in values.items()} | where)
+        steps = []
+    return found
+
+
+def write_table(name: str) -> None:
+    """benchmark/results/NAME.csv, from all finished runs."""
+    found = [row for end in sorted(Path("runs", name).glob("*/summary.json")) for row in rows(end.parent)]
+    columns = list(dict.fromkeys(column for row in found for column in row))
+    with open(f"benchmark/results/{name}.csv", "w") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(found)
+
+
+def main(name: str, script: str, *options: str) -> None:
+    points = grid(list(options))
+    varied = {values[0].split("=")[0] for values in zip(*points) if len(set(values)) > 1}
+    if os.environ.get("DRY"):
+        for flags in points:
+            print(script, *flags)
+        return
+    Path("runs").mkdir(exist_ok=True)
+    with open("runs/.lock", "w") as lock:  # one run at a time on a machine
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for flags in points:
+            run(script, flags, folder_of(name, script, flags, varied))
+            write_table(name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit("benchmark.run: python -m benchmark.run NAME SCRIPT --flag value[,value...] ...")
+    main(*sys.argv[1:])
