@@ -147,7 +147,8 @@ def main(args: Args) -> None:
         (records, weights), (others, other_weights) = results(one), results(other)
         equal = records == others and all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
     shared = [name for name in os.listdir("/dev/shm") if re.match(r"async-rlhf-\d+-", name)]
-    left = subprocess.run(["pgrep", "-f", "VLLM::EngineCore"], capture_output=True, text=True).stdout.split()
+    processes = subprocess.run(["ps", "-A", "-o", "ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    left = [line for line in processes if "EngineCore" in line and line.split()[0] == "1"]  # without a parent
     tenth = memory[len(memory) // 10 :]  # after the start
     grown = {side: tenth[-1][side] - tenth[0][side] for side in ("learner", "engine")}
     per_batch = {side: size * 1024 / (tenth[-1]["batch"] - tenth[0]["batch"]) for side, size in grown.items()}
