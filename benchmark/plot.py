@@ -101,7 +101,6 @@ def draw(name: str) -> None:
             axis.xaxis.set_major_formatter("{x:g}")
     if keys:
         axes[-1].legend(fontsize=7, title=", ".join(keys), title_fontsize=7)
-    Path("benchmark/figures").mkdir(exist_ok=True)
     figure.savefig(f"benchmark/figures/{name}.png", dpi=110)
     plt.close(figure)
 
@@ -123,7 +122,24 @@ def table(name: str) -> None:
     Path(f"benchmark/figures/{name}.md").write_text("\n".join(lines) + "\n")
 
 
+def weights() -> None:
+    """Seconds from "the learner has them" to "the generator has them" by size of the policy, from speed.csv."""
+    with open("benchmark/results/speed.csv") as f:
+        rows = [row for row in csv.DictReader(f) if row["part"] == "weights"]
+    figure, axis = plt.subplots(figsize=(5.2, 4), layout="constrained")
+    for side in ("snapshot by the learner", "loading by the generator"):
+        mine = [row for row in rows if row["what"].endswith(side)]
+        points = sorted((float(row["what"].split()[0]), float(row["median"])) for row in mine)
+        axis.plot(*zip(*points), "o", label=side)
+    axis.set(xscale="log", yscale="log", xlabel="millions of parameters", ylabel="seconds")
+    axis.legend(title="float32; the largest in bfloat16", fontsize=7, title_fontsize=7)
+    figure.savefig("benchmark/figures/weights.png", dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    Path("benchmark/figures").mkdir(exist_ok=True)
+    weights()
     for name in sys.argv[1:] or [name for name in FIGURES if Path(f"benchmark/results/{name}.csv").exists()]:
         if name not in FIGURES or not Path(f"benchmark/results/{name}.csv").exists():
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(FIGURES)}")
