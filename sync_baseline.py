@@ -23,7 +23,9 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import fcntl
 import gc
+import glob
 import hashlib
 import importlib
 import json
@@ -1359,12 +1361,15 @@ def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> No
 
 
 def shared_memory_folder() -> tempfile.TemporaryDirectory:
-    """A new folder in /dev/shm for this process; those of processes that were killed go."""
-    for name in os.listdir("/dev/shm"):
-        found = re.fullmatch(r"async-rlhf-(\d+)-.*", name)
-        if found and not os.path.exists(f"/proc/{found[1]}"):
-            shutil.rmtree(os.path.join("/dev/shm", name), ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
+    """A new folder in /dev/shm, locked as long as this process lives; those of processes that were killed go."""
+    for path in glob.glob("/dev/shm/async-rlhf-*/lock"):
+        with contextlib.suppress(OSError), open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives, in a container too
+            shutil.rmtree(os.path.dirname(path))
+    folder = tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
+    folder.lock = open(os.path.join(folder.name, "lock"), "w")
+    fcntl.flock(folder.lock, fcntl.LOCK_EX)
+    return folder
 
 
 def check_shared_memory(policy, args: Args) -> None:

@@ -215,6 +215,15 @@ def test_full_shared_memory_ends_the_run(run, monkeypatch):
     assert "learner: snapshot (step 2)" in notes
 
 
+def test_folders_in_shared_memory_go_with_their_process_only():
+    one, other = script.shared_memory_folder(), script.shared_memory_folder()
+    assert os.path.exists(one.name) and os.path.exists(other.name)
+    one.lock.close()  # as the kernel does where the process is killed
+    script.shared_memory_folder().cleanup()
+    assert not os.path.exists(one.name) and os.path.exists(other.name)
+    other.cleanup()
+
+
 def test_weights_and_biases_offline(run, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
