@@ -33,14 +33,14 @@ STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "effective_sample_s
 
 def grid(options: list[str]) -> list[list[str]]:
     """["--a", "1,2", "--b=3"] -> [["--a=1", "--b=3"], ["--a=2", "--b=3"]]."""
-    axes, words = [], iter(options)
+    axes, words = {}, iter(options)
     for word in words:
         flag, equals, values = word.partition("=")
         values = values if equals else next(words, None)
         if not flag.startswith("--") or values is None:
             raise SystemExit(f"benchmark.run: {word} is not a flag with a value")
-        axes.append([f"{flag}={value}" for value in values.split(",")])
-    return [list(point) for point in itertools.product(*axes)]
+        axes[flag] = [f"{flag}={value}" for value in values.split(",")]  # a flag given twice: the last one counts
+    return [list(point) for point in itertools.product(*axes.values())]
 
 
 def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Path:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements, for
+# every algorithm and three sizes of the policy; five seeds.
+set -euo pipefail
+. "$(dirname "$0")/scales.sh"
+flags+=(--seed 1,2,3,4,5)
+for model in "${sizes[@]}"; do
+    for algo in online_dpo rloo ppo; do
+        run async_vs_sync async_$algo.py --model "$model"
+        run async_vs_sync sync_baseline.py --algo $algo --placement split,colocate --model "$model"
+    done
+done
+[ -n "${DRY:-}" ] || $python -m benchmark.plot async_vs_sync
