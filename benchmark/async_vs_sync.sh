@@ -3,6 +3,7 @@
 # every algorithm and three sizes of the policy; five seeds.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
+prepare_sizes
 flags+=(--seed 1,2,3,4,5)
 for model in "${sizes[@]}"; do
     for algo in online_dpo rloo ppo; do

@@ -110,7 +110,7 @@ def table(name: str) -> None:
     panels, keys = FIGURES[name]
     rows = read(name)
     keys = (*varying(rows, keys), *varying(rows, DIALS))
-    measures = ("win_rate", "score", "kl", "perplexity", "step_seconds")
+    measures = ["win_rate", "score", "kl", "perplexity"] + ["step_seconds"] * ("way" in keys)
     measures = [measure for measure in measures if rows[0].get(measure) not in (None, "")]
     lines = [f"| {' | '.join([*keys, *measures, 'runs'])} |", "|" + " --- |" * (len(keys) + len(measures) + 1)]
     for key, group in sorted(groups(last(rows), keys).items(), key=str):

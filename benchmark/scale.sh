@@ -2,6 +2,7 @@
 # Figure 5 of the paper: a larger policy bears more off-policyness, a larger reward model does not help. Online DPO.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
+prepare_sizes
 n=(--num-mini-batches 1,4,16)
 [ "$scale" = paper ] || flags+=(--batch-size 64 --total-episodes 4096 --eval-every 1000)
 for model in "${sizes[@]}"; do

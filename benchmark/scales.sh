@@ -5,8 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scale=${1:-tiny} python=.venv/bin/python
 case $scale in
 tiny)
-    [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/sft-l ] ||
-        $python -m benchmark.tasks.tldr_tiny --sizes s m l --reward-sizes s m
+    [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/info.json ] || $python -m benchmark.tasks.tldr_tiny
     sizes=(tasks/tldr-tiny/sft-s tasks/tldr-tiny/sft-m tasks/tldr-tiny/sft-l)
     other_reward=tasks/tldr-tiny/rm-s double=256
     flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 512 --seed 1,2,3)
@@ -27,4 +26,8 @@ paper)
     exit 2
     ;;
 esac
+prepare_sizes() {  # of the policy and the reward model, 12 minutes
+    [ "$scale" = paper ] || [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/sft-l ] ||
+        $python -m benchmark.tasks.tldr_tiny --sizes s m l --reward-sizes s m
+}
 run() { $python -m benchmark.run "$1" "$2" "${flags[@]}" "${@:3}"; }  # run NAME SCRIPT --flag value[,value...] ...
