@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The paper's GSM8K table: accuracy and time, asynchronous and synchronous, three algorithms. tiny: math-tiny; paper: Rho 1B.
+set -euo pipefail
+. "$(dirname "$0")/scales.sh"
+case $scale in
+tiny)
+    [ -n "${DRY:-}" ] || [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
+    flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward --gold ""
+        --samples-per-prompt 4 --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
+        --prompt-length 64 --response-length 48)
+    rloo=() ppo=()
+    ;;
+paper)
+    [ -n "${DRY:-}" ] || [ -e tasks/gsm8k/data ] || $python -m benchmark.tasks.gsm8k
+    flags+=(--model realtreetune/rho-1b-sft-GSM8K --dataset tasks/gsm8k/data --reward benchmark.tasks.gsm8k:reward --gold ""
+        --reference-column reference --eval-split test --eval-prompts 1318 --missing-eos-score 0 --response-length 512
+        --samples-per-prompt 4 --batch-size 1008 --total-episodes 516096)
+    rloo=(--kl-coef 0.05) ppo=(--samples-per-prompt 8 --batch-size 2016 --num-epochs 2)
+    ;;
+esac
+for run in "online_dpo" "rloo ${rloo[*]}" "ppo ${ppo[*]}"; do
+    read -ra words <<<"$run"
+    run math "async_${words[0]}.py" "${words[@]:1}"
+    run math sync_baseline.py --algo "${words[0]}" --placement split,colocate "${words[@]:1}"
+done
+[ -n "${DRY:-}" ] || $python -m benchmark.plot math
