@@ -4,7 +4,9 @@ import json
 import random
 import re
 
-from benchmark.tasks import docstrings, math_tiny, tldr_tiny
+from datasets import load_from_disk
+
+from benchmark.tasks import docstrings, gsm8k, math_tiny, no_robots, tldr_tiny
 
 FACTS = dict(actor="boss", action="broke", object="phone", place="office", day="monday", feeling="angry", plan="leave")
 
@@ -74,3 +76,35 @@ def test_docstrings_gold_prefers_a_sentence_about_the_description():
     assert 0 <= gold("") < gold("Do something with it all.") < good <= 10
     assert gold("return the settings that a configuration file holds as a dictionary") < good
     assert gold("Reads the configuration from a file and returns the parsed settings.") < good  # copied
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_gsm8k_from_a_folder_with_its_columns(tmp_path):
+    answers = [f"{i}+1000={i + 1000}\n#### {i + 1000:,}" for i in range(8)]
+    rows = [{"question": f"What is {i} + 1,000?", "answer": answer} for i, answer in enumerate(answers)]
+    write_jsonl(tmp_path / "in" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "in" / "test.jsonl", rows[:2])
+    gsm8k.main(gsm8k.Args(str(tmp_path / "in"), None, 3, str(tmp_path / "out")))
+    data = load_from_disk(str(tmp_path / "out"))
+    assert {name: len(split) for name, split in data.items()} == {"train": 5, "validation": 3, "test": 2}
+    assert data["test"][1] == {
+        "query": "[MATH_TASK] Problem:\nWhat is 1 + 1,000?\n\nSolution:",
+        "reference": " 1+1000=1001\n#### 1,001",
+    }
+    answers = [" #### 1001", " #### 1,001.0", " 1001", " #### 1002", " #### 7\n#### 1001"]
+    assert gsm8k.reward([""] * 5, answers, data["test"]["reference"][1:] * 5) == [1, 1, 0, 0, 1]
+
+
+def test_no_robots_from_a_folder_with_its_columns(tmp_path):
+    talk = [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Bye"), ("assistant", "See you.")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", rows)
+    no_robots.main(no_robots.Args(str(tmp_path / "in"), str(tmp_path / "out")))
+    row = load_from_disk(str(tmp_path / "out"))["test"][0]
+    assert row["query"].startswith("### System:\nBe kind.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\nBye")
+    assert row["query"].endswith("### Assistant:") and row["reference"] == "\nSee you."
