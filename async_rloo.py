@@ -31,6 +31,7 @@ import hashlib
 import importlib
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import queue
@@ -279,18 +280,19 @@ class Generator(threading.Thread):
             self.folder = shared_memory_folder()
         self.snapshots: dict[int, Weights] = {}  # by version; those that a batch to come may need
         self.weights = self.snapshot(policy, 0)  # what the engine has
+        self.start_weights = replace(self.weights, tensors=None)  # what every engine of the run starts from
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
         self.mine: dict[str, list[int]] = {}  # of the rollouts to come: the rows of this learner
-        self.llm, self.deaths = None, 0
+        self.llm, self.send_weights, self.deaths, self.closing = None, None, 0, False
 
     def snapshot(self, policy, version: int) -> Weights:
         """Called by every learner between two updates."""
         with self.trace("learner", "snapshot", step=version):
             folder = self.folder.name if self.plan.generates else None
             old = self.snapshots.pop(version - self.args.max_staleness - 1, None)  # learned from: no request needs it
-            if old:
+            if old and old.version > 0:  # the folder of version 0 stays: engines start from it
                 shutil.rmtree(old.path, ignore_errors=True)
             self.snapshots[version] = snapshot_weights(policy, version, self.probe, self.args, folder)
             return self.snapshots[version]
@@ -312,16 +314,18 @@ class Generator(threading.Thread):
         return take_rows(box[0], self.mine.pop(name))
 
     def wait(self, name: str) -> Rollout:
-        """The rollout of that name. Raises what the generator raised, or TimeoutError."""
-        start = time.monotonic()
+        """The rollout of that name. Raises what the generator raised, TimeoutError, or SystemExit after a signal."""
+        start, signalled = time.monotonic(), None
         while name not in self.arrived:
             try:
                 item = self.rollouts.get(timeout=min(1.0, self.args.timeout))
             except queue.Empty:
                 waited = time.monotonic() - start
                 wake_if_dead(self.llm)
-                if SIGNALS and (self.llm is None or waited > 20):  # starting, or hung: do not wait for the checkpoint
-                    sys.exit(128 + SIGNALS[0])
+                if SIGNALS and self.plan.world == 1:  # nothing was learned since the loop began: close() can save that
+                    signalled = signalled or time.monotonic()
+                    if self.llm is None or time.monotonic() - signalled > 20:
+                        sys.exit(128 + SIGNALS[0])
                 if waited >= self.args.timeout:
                     raise TimeoutError(f"the learner waited {waited:.0f} s (--timeout) for {name} and the generator "
                                        f"did not answer") from None
@@ -332,7 +336,8 @@ class Generator(threading.Thread):
         return self.arrived.pop(name)
 
     def close(self) -> None:
-        """Drop what is queued, give the batch in work 10 s to end, and shut the engine down."""
+        """Drop what is queued, give the batch in work 10 s to end, and end the engine."""
+        self.closing = True
         with contextlib.suppress(queue.Empty):
             while True:
                 self.requests.get_nowait()
@@ -340,35 +345,30 @@ class Generator(threading.Thread):
         try:
             if self.ident is not None:  # it was started
                 self.join(timeout=10)
-            if self.is_alive() and self.llm is not None:
-                self.llm.llm_engine.engine_core.shutdown()
+            if self.is_alive():  # the engine hangs, or is starting: its process must not outlive this one
+                for process in multiprocessing.active_children():
+                    process.kill()
         finally:
             if self.plan.generates:
                 self.folder.cleanup()
 
     def run(self) -> None:
         try:
-            with self.trace("generator", "start", version=self.weights.version):
-                self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
+            self.start_engine()
             from vllm.v1.engine.exceptions import EngineDeadError
 
-            gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
-                waited = time.perf_counter() - idle
-                try:
-                    rollout = self.generate(self.llm, send_weights, request, waited)
-                except EngineDeadError:
-                    self.deaths += 1
-                    if self.deaths > MAX_ENGINE_DEATHS:
-                        raise RuntimeError(f"vLLM died {self.deaths} times, last while making {request.name}: run with "
-                                           f"VLLM_LOGGING_LEVEL=INFO to see why") from None
-                    print(f"\nvLLM died while making {request.name}: starting it again (death {self.deaths} of at most "
-                          f"{MAX_ENGINE_DEATHS})", flush=True)
-                    with self.trace("generator", "start", version=request.weights.version):
-                        self.weights = request.weights
-                        self.llm, send_weights = start_engine(self.args, self.plan, self.weights)
-                    rollout = self.generate(self.llm, send_weights, request, waited)  # the same weights and seeds
+                waited, rollout = time.perf_counter() - idle, None
+                while rollout is None:
+                    try:
+                        if self.llm is None:
+                            self.start_engine()
+                        rollout = self.generate(request, waited)  # once more with the same weights and seeds
+                    except Exception as error:
+                        if self.llm is not None and not isinstance(error, EngineDeadError):
+                            raise
+                        self.bury_engine(request, error)
                 self.rollouts.put(rollout)
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
@@ -377,13 +377,33 @@ class Generator(threading.Thread):
             if self.llm is not None:
                 self.llm.llm_engine.engine_core.shutdown()
 
-    def generate(self, llm, send_weights: Callable, request: Request, waited: float) -> Rollout:
-        from vllm import SamplingParams
+    def start_engine(self) -> None:
+        with self.trace("generator", "start"):
+            self.llm, self.send_weights = start_engine(self.args, self.plan, self.start_weights)
+        self.weights = self.start_weights
+        gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
 
+    def bury_engine(self, request: Request, error: Exception) -> None:
+        """Put a dead engine away, so that another one can be started. Raises RuntimeError after too many deaths."""
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+        self.deaths += 1
+        if self.closing or self.deaths > MAX_ENGINE_DEATHS:
+            raise RuntimeError(f"vLLM died {self.deaths} times, last while making {request.name} "
+                               f"({first_line(error)}): run with VLLM_LOGGING_LEVEL=INFO to see why") from None
+        print(f"\nvLLM died while making {request.name}: starting it again (death {self.deaths} of at most "
+              f"{MAX_ENGINE_DEATHS})", flush=True)
+
+    def generate(self, request: Request, waited: float) -> Rollout:
+        from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        llm = self.llm
         start = time.perf_counter()
-        if self.weights is not request.weights:
+        if self.weights.version != request.weights.version:
             with self.trace("generator", "load weights", version=request.weights.version):
-                send_weights(request.weights)
+                self.send_weights(request.weights)
             self.weights = request.weights
         loaded = time.perf_counter()
 
@@ -404,6 +424,8 @@ class Generator(threading.Thread):
 
         probe = [next(iter(p.values())).logprob for p in outputs[0].prompt_logprobs[1:]]
         samples = [output.outputs[0] for output in outputs[1:]]
+        if not {sample.finish_reason for sample in samples} <= {"stop", "length"}:
+            raise EngineDeadError  # something has told the engine to end, and it gave what it had so far
         return Rollout(
             name=request.name,
             version=self.weights.version,
@@ -785,7 +807,8 @@ def device_plan(args: Args, split: bool = True) -> DevicePlan:
 def start_learner(args: Args, plan: DevicePlan) -> None:
     """Seed, pin the cores and join the process group of torchrun, if any."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, leave)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("vllm").setLevel(logging.ERROR)  # before vLLM has read VLLM_LOGGING_LEVEL
@@ -859,9 +882,12 @@ SIGNALS: list[int] = []  # received
 
 
 def leave(number: int, _) -> None:
-    """Ask the run to end after this batch, with a checkpoint; a second signal ends the process at once."""
-    signal.signal(number, signal.SIG_DFL)
+    """Ask the run to end after this batch, with a checkpoint; a Ctrl-C after that ends the process at once."""
+    if SIGNALS and number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
     SIGNALS.append(number)
+    os.write(2, b"\nEnding after this batch, with a checkpoint; Ctrl-C (again) ends at once\n")
 
 
 def autocast(args: Args, device: torch.device):
@@ -1096,8 +1122,9 @@ def check_range(args: Args, names: tuple, above: float = -np.inf, least: float =
 def check_args(args: Args) -> None:
     """Refuse wrong flags and missing files before any model loads."""
     check_range(args, ("total_episodes", "batch_size", "micro_batch_size", "samples_per_prompt", "num_mini_batches",
-                       "num_epochs", "prompt_length", "response_length", "temperature", "learning_rate",
+                       "num_epochs", "response_length", "temperature", "learning_rate",
                        "max_grad_norm", "timeout", "eval_prompts", "generator_tensor_parallel"), above=0)
+    check_range(args, ("prompt_length",), least=2)  # of a probe of one token nothing is predicted
     check_range(args, ("seed", "max_staleness", "eval_every", "save_every"), least=0)
     check_range(args, ("gpu_memory_utilization",), above=0, most=1)
     learners = int(os.environ.get("WORLD_SIZE", 1))
@@ -1124,7 +1151,7 @@ def check_args(args: Args) -> None:
     if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is a file: name a new folder")
     if args.resume:
-        last_checkpoint(args)
+        last_checkpoint(args, verify=int(os.environ.get("RANK", 0)) == 0)
     elif int(os.environ.get("RANK", 0)) == 0 and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is not empty: name a new folder, or continue that run with --resume")
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1178,12 +1205,13 @@ def shared_memory_folder() -> tempfile.TemporaryDirectory:
 
 
 def check_shared_memory(policy, args: Args) -> None:
-    """Refuse a /dev/shm without room for the snapshots that wait there on the CPU: S + 4 of them at most."""
+    """Refuse a /dev/shm without room for the snapshots that wait there on the CPU: at most S + 4 of each generator."""
     numbers = sum(p.numel() for p in policy.parameters())
     if policy.config.tie_word_embeddings:  # the output layer is written as a tensor of its own
         numbers += policy.get_output_embeddings().weight.numel()
     snapshot = numbers * (4 if args.dtype == "float32" else 2)  # bytes
-    need = (args.max_staleness + 4) * snapshot
+    generators = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if getattr(args, "placement", "split") == "colocate" else 1
+    need = (args.max_staleness + 4) * snapshot * generators
     free = shutil.disk_usage("/dev/shm").free
     if need > free and policy.device.type == "cpu":
         stop(f"/dev/shm has {free >> 20} MiB free and the snapshots of the weights need {need >> 20} MiB: "
@@ -1200,20 +1228,24 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
 
 
 @torch.no_grad()
-def write_checkpoint(run: str, writes: bool, t: int, model, optimizer, generator: Generator) -> None:
+def write_checkpoint(run: str, writes: bool, t: int, sizes: dict, model, optimizer, generator: Generator) -> None:
     """Everything that batches t, t+1, ... depend on, written by the first learner to RUN/checkpoints/version-t.
 
     Prompts and seeds are functions of t, so that is: model, optimizer, and the snapshots that are to make the batches
-    in flight, which are then made again. It is written under another name, read back, and renamed; the last two stay.
+    in flight, which are then made again; sizes of the logs, in bytes, before batch t. It is written under another
+    name, read back, and renamed; the last two stay.
     """
     tensors = {"model": {}, "optimizer": {}}
     for name, parameter in model.named_parameters():
-        tensors["model"][name] = whole(parameter).cpu()
-        for key, value in optimizer.state[parameter].items():
-            tensors["optimizer"][f"{name}/{key}"] = whole(value).cpu()
+        found = {("model", name): parameter}
+        found |= {("optimizer", f"{name}/{key}"): value for key, value in optimizer.state[parameter].items()}
+        for (kind, key), value in found.items():
+            value = whole(value)
+            if writes:
+                tensors[kind][key] = value.cpu()
     if not writes:
         return
-    flying = range(max(0, t - generator.args.max_staleness), t)
+    flying = range(max(1, t - generator.args.max_staleness), t)  # version 0 is there at every start
     for version in flying:
         weights = generator.snapshots[version]
         path = os.path.join(weights.path, "model.safetensors")
@@ -1221,27 +1253,29 @@ def write_checkpoint(run: str, writes: bool, t: int, model, optimizer, generator
     folder = os.path.join(run, "checkpoints")
     final = os.path.join(folder, f"version-{t:06d}")
     tmp = final + ".tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name.endswith(".tmp"):  # of a run that was killed while writing it
+            shutil.rmtree(os.path.join(folder, name))
     os.makedirs(tmp)
     for name, content in tensors.items():
         write_tensors(content, os.path.join(tmp, f"{name}.safetensors"))
         for key, value in load_file(os.path.join(tmp, f"{name}.safetensors")).items():
             if not torch.equal(value, content[key].cpu()):
                 raise OSError(f"{tmp}/{name}.safetensors does not hold what was written to it")
-    logs = [name for name in ("metrics.jsonl", "samples.jsonl") if os.path.exists(os.path.join(run, name))]
     state = {
         "version": t, "args": asdict(generator.args), "script": os.path.basename(__file__),
+        "learners": generator.plan.world, "device": generator.plan.device.type,
         "probes": {version: generator.snapshots[version].probe_logprobs for version in flying},
-        "sizes": {name: os.path.getsize(os.path.join(run, name)) for name in logs},
+        "sizes": sizes,
         "sha256": {name: file_hash(os.path.join(tmp, name)) for name in sorted(os.listdir(tmp))},
     }
     with open(os.path.join(tmp, "state.json"), "w") as f:
         json.dump(state, f, indent=2)
-    for path in [os.path.join(tmp, name) for name in os.listdir(tmp)] + [tmp]:
+    written = [os.path.join(tmp, name) for name in os.listdir(tmp)]
+    for path in [*written, tmp, *(os.path.join(run, name) for name in sizes)]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)
     os.rename(tmp, final)
     for old in sorted(name for name in os.listdir(folder) if not name.endswith(".tmp"))[:-2]:
         shutil.rmtree(os.path.join(folder, old))
@@ -1256,13 +1290,14 @@ def read_checkpoint(folder: str, state: dict, model, optimizer, generator: Gener
         values = {key.rpartition("/")[2]: value for key, value in states.items() if key.rpartition("/")[0] == name}
         for key, value in values.items():
             optimizer.state[parameter][key] = part_of(value, parameter) if value.shape == parameter.shape else value
+    if state["version"] > generator.args.max_staleness:
+        del generator.snapshots[0]  # no request needs it
     for version, probe in state["probes"].items():
-        if version == "0":  # the engine starts from it
-            continue
         path, tensors = "", None
         if generator.plan.generates:
             path = os.path.join(generator.folder.name, f"version-{int(version):06d}")
-            shutil.copytree(generator.weights.path, path)  # for its config.json
+            os.makedirs(path)
+            shutil.copy(os.path.join(generator.start_weights.path, "config.json"), path)
             file = os.path.join(folder, f"version-{version}.safetensors")
             shutil.copy(file, os.path.join(path, "model.safetensors"))
             if generator.plan.device.type == "cuda":
@@ -1277,27 +1312,36 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor.to(parameter.device)
 
 
-def last_checkpoint(args: Args) -> tuple[str, dict]:
-    """(folder, state.json) of the last checkpoint in --output-dir; refuses what is altered or of other flags."""
+def last_checkpoint(args: Args, verify: bool) -> tuple[str, dict] | None:
+    """(folder, state.json) of the last checkpoint in --output-dir; None if that run has not written one yet.
+
+    Refuses what is of other flags, and with verify what was altered.
+    """
+    if not os.path.isfile(os.path.join(args.output_dir, "config.json")):
+        stop(f"--resume: {args.output_dir!r} is not the folder of a run: name the --output-dir of the run to continue")
     folder = os.path.join(args.output_dir, "checkpoints")
-    names = sorted(os.listdir(folder)) if args.output_dir and os.path.isdir(folder) else []
-    names = [name for name in names if not name.endswith(".tmp")]
+    names = [name for name in os.listdir(folder) if not name.endswith(".tmp")] if os.path.isdir(folder) else []
     if not names:
-        stop(f"--resume: there is no checkpoint in {folder!r}: name the --output-dir of a run that wrote one")
-    folder = os.path.join(folder, names[-1])
+        return None
+    folder = os.path.join(folder, max(names))
     advice = "; delete that folder to continue from the checkpoint before it"
     try:
         with open(os.path.join(folder, "state.json")) as f:
             state = json.load(f)
         for name, sha256 in state["sha256"].items():
-            if file_hash(os.path.join(folder, name)) != sha256:
+            if verify and file_hash(os.path.join(folder, name)) != sha256:
                 stop(f"--resume: {folder}/{name} is not what was written to it{advice}")
     except (OSError, ValueError, KeyError) as error:
         stop(f"--resume: {folder} is damaged ({first_line(error)}){advice}")
     if state["script"] != os.path.basename(__file__):
         stop(f"--resume: {folder} was written by {state['script']}")
+    learners, device = int(os.environ.get("WORLD_SIZE", 1)), "cuda" if torch.cuda.is_available() else "cpu"
+    if (state["learners"], state["device"]) != (learners, device):
+        stop(f"--resume: {folder} was written by {state['learners']} learner(s) on {state['device']}, not {learners} "
+             f"on {device}")
+    free = ("output_dir", "save_every", "resume", "track", "timeout", "gpu_memory_utilization")  # change no result
     for name, value in asdict(args).items():
-        if name not in ("output_dir", "save_every", "resume", "track", "timeout") and state["args"].get(name) != value:
+        if name not in free and state["args"].get(name) != value:
             flag = f"--{name.replace('_', '-')}"
             stop(f"--resume: {folder} is of a run with {flag} {state['args'].get(name)}, not {value}")
     return folder, state
@@ -1333,7 +1377,7 @@ class Trace:
         now, texts = time.perf_counter(), []
         for track, (what, details, begin, end) in sorted(self.last.items()):
             when = f"{now - begin:.0f} s so far" if end is None else f"ended {now - end:.0f} s ago"
-            texts.append(f"{track}: {what} ({', '.join(f'{k} {v}' for k, v in details.items())}), {when}")
+            texts.append(f"{track}: {' '.join([what, *(f'{k} {v}' for k, v in details.items())])}, {when}")
         return "; ".join(texts)
 
     def save(self, path: str) -> None:
@@ -1345,6 +1389,9 @@ class Trace:
             events.append({"ph": "X", "tid": tracks[track], "name": name, "args": details} | times)
         with open(path, "w") as f:
             json.dump({"traceEvents": [{"pid": 1} | event for event in events]}, f)
+
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class Run:
@@ -1369,8 +1416,12 @@ class Run:
             "versions": {d.name: d.version for d in distributions() if d.name in packages},
             "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()},
         }
-        if not args.resume:
+        self.found = last_checkpoint(args, verify=False) if args.resume else None
+        self.first, self.batch, self.unsaved = 0, 0, None  # first of this process, in work, to be saved
+        if not self.found:
             self.write("config.json", config)
+            for name in LOGS:  # of a run that ended before its first checkpoint
+                self.truncate(name, 0)
         self.wandb = None
         if args.track and self.writes:
             import wandb
@@ -1394,6 +1445,11 @@ class Run:
         if self.writes:
             with open(os.path.join(self.folder, name), "a") as f:
                 print(json.dumps(record), file=f)
+
+    def truncate(self, name: str, size: int) -> None:
+        path = os.path.join(self.folder, name)
+        if self.writes and os.path.exists(path):
+            os.truncate(path, size)
 
     def log(self, record: dict) -> None:
         self.append("metrics.jsonl", record)
@@ -1438,31 +1494,41 @@ class Run:
         """Before batch t: write a checkpoint where one is due, or where a signal ends the run here."""
         asked = bool(gather(torch.tensor([len(SIGNALS)])).any())
         due = self.args.save_every and t % self.args.save_every == 0
-        if t > self.first and (due or asked):
-            with self.trace("learner", "checkpoint", step=t):
-                write_checkpoint(self.folder, self.writes, t, model, optimizer, generator)
-            self.last = None  # the step after a checkpoint is not timed
+        logs = {name: os.path.join(self.folder, name) for name in LOGS}
+        sizes = {name: os.path.getsize(path) for name, path in logs.items() if os.path.exists(path)}
+        self.batch = t
+        if t > self.first:
+            self.unsaved = partial(write_checkpoint, self.folder, self.writes, t, sizes, model, optimizer, generator)
+            if due or asked:
+                with self.trace("learner", "checkpoint", step=t):
+                    self.save_checkpoint()
+                self.last = None  # the step after a checkpoint is not timed
         if asked:
-            if self.writes:
-                print(f"\nEnded by a signal before batch {t}; --resume --output-dir {self.folder} continues")
+            if dist.is_initialized():
+                dist.barrier()  # torchrun ends the others as soon as one has left
             sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the batch in work, unless it is written."""
+        if self.unsaved:
+            self.unsaved()
+        self.unsaved = None
 
     def restore(self, model, optimizer, generator: Generator) -> int:
         """With --resume: take model, optimizer, snapshots and logs from the last checkpoint. Returns its version."""
-        self.first = 0
-        if self.args.resume:
-            folder, state = last_checkpoint(self.args)
+        if self.found:
+            folder, state = self.found
             self.first = state["version"]
             read_checkpoint(folder, state, model, optimizer, generator)
             if self.writes:
                 for name, size in state["sizes"].items():
-                    os.truncate(os.path.join(self.folder, name), size)
-            with open(os.path.join(self.folder, "metrics.jsonl")) as f:
-                records = [json.loads(line) for line in f]
-            self.steps = [record for record in records if "step" in record]
-            evals = [record for record in records if "step" not in record]
-            self.evals = [{name.removeprefix("eval/"): value for name, value in record.items()} for record in evals]
-            self.bar.update(self.first)
+                    self.truncate(name, size)
+                with open(os.path.join(self.folder, "metrics.jsonl")) as f:
+                    records = [json.loads(line) for line in f]
+                self.steps = [record for record in records if "step" in record]
+                evals = [record for record in records if "step" not in record]
+                self.evals = [{name.removeprefix("eval/"): value for name, value in record.items()} for record in evals]
+                self.bar.update(self.first)
         return self.first
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
@@ -1519,19 +1585,24 @@ class Run:
 def close(generator: Generator | None, run: Run | None) -> None:
     """Leave nothing behind: no engine, no weights in shared memory, no process group. An error is told where it was."""
     error = sys.exception()
-    if run and isinstance(error, Exception):
-        found = os.path.join(run.folder, "checkpoints")
-        advice = f"--resume --output-dir {run.folder} continues from the last checkpoint"
-        advice = advice if os.path.isdir(found) else "no checkpoint was written (--save-every)"
-        error.add_note(f"{os.path.basename(__file__)} ended in batch {len(run.steps)} of {run.args.num_batches}; "
-                       f"{run.trace}; {advice}")
+    signalled = isinstance(error, SystemExit) and isinstance(error.code, int)
+    if run and signalled:
+        run.save_checkpoint()
+    if run and (signalled or isinstance(error, Exception)):
+        saved = os.path.isdir(os.path.join(run.folder, "checkpoints"))
+        advice = f"--resume --output-dir {run.folder} goes on" if saved else "there is no checkpoint (--save-every)"
+        where = f"{os.path.basename(__file__)} ended in batch {run.batch} of {run.args.num_batches}"
+        if not signalled:
+            error.add_note(f"{where}; {run.trace}; {advice}")
+        elif run.writes:
+            print(f"\n{where}, by a signal; {advice}")
     if generator:
         generator.close()
     if run:
         run.bar.close()
         if run.wandb:
             run.wandb.finish()
-    if dist.is_initialized():
+    if dist.is_initialized() and not isinstance(error, Exception):
         dist.destroy_process_group()
 
 
@@ -1547,5 +1618,8 @@ def git_commit() -> str:
 
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.setsid()  # and by nothing else: signals to all of a terminal or a job are the learner's
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
 if __name__ == "__main__":
     main(tyro.cli(Args))

@@ -3,8 +3,8 @@
     python -m benchmark.run lag async_rloo.py --max-staleness 0,1,2,4 --rloo-loss proximal,vanilla --seed 1,2,3
 
 Values with commas span the grid; the last one changes fastest. A run is kept in runs/NAME/, in a folder named after
-what varies and a hash of all flags. Finished ones are skipped, those with a checkpoint are resumed, others begin anew;
-a run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that
+what varies and a hash of all flags. Finished ones are skipped, others go on from their last checkpoint or begin anew; a
+run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that
 are there: a line an evaluation. LAUNCH="torchrun ..." starts the
 scripts with that instead of Python; with DRY=1 the commands are only printed.
 """
@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,9 +53,7 @@ def run(script: str, flags: list[str], folder: Path) -> None:
     """One run of a script, to its end."""
     if (folder / "summary.json").exists():
         return
-    resume = any((folder / "checkpoints").glob("version-??????"))
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+    resume = (folder / "config.json").exists()
     launcher = shlex.split(os.environ.get("LAUNCH", sys.executable))
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)

@@ -125,9 +125,7 @@ def disturbed(args: Args, folder: Path) -> Counter:
             if refused.returncode == 0 or "is not what was written to it" not in refused.stderr:
                 raise SystemExit(f"an altered checkpoint was not refused:\n{refused.stderr[-2000:]}")
             shutil.rmtree(re.search(r"(\S+)/optimizer.safetensors is not", refused.stderr)[1])
-        if not saved:
-            shutil.rmtree(folder, ignore_errors=True)
-        process, deaths = start(args, folder, *["--resume"] * bool(saved)), 0
+        process, deaths = start(args, folder, *["--resume"] * (folder / "config.json").exists()), 0
 
 
 def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

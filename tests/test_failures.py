@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +37,10 @@ CASES += [(async_rloo, dict(num_mini_batches=2, num_epochs=2, batch_size=16))]
 
 @pytest.mark.parametrize("module, changes", CASES, ids=[f"{m.__name__}-{list(c.values())}" for m, c in CASES])
 def test_a_resumed_run_ends_as_if_never_interrupted(run, monkeypatch, module, changes):
-    """Ended at four random moments: while weights or a checkpoint are written, before learning, while evaluating."""
+    """Ended at four random moments: while weights or a checkpoint are written, before learning, while evaluating.
+
+    Where there is no checkpoint yet, --resume begins anew.
+    """
     random = np.random.default_rng(len(changes) + changes.get("max_staleness", 0))
     changes = dict(save_every=2, eval_every=3, eval_prompts=16) | changes
     calls, end = [0], [-1]
@@ -56,7 +58,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(run, monkeypatch, module, ch
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     whole, _ = run("whole", module, **changes)
     total = calls[0]
-    for moment in random.choice(np.arange(total // 2, total), 4, replace=False):
+    for moment in random.choice(np.arange(1, total), 4, replace=False):
         calls[0], end[0] = 0, moment
         with pytest.raises(Killed):
             run(f"run-{moment}", module, **changes)
@@ -102,9 +104,8 @@ def test_wrong_checkpoints_are_refused_by_name(run, capsys):
     assert f"{file} is not what was written to it; delete that folder to continue" in refusal()
     os.truncate(os.path.join(last, "state.json"), 100)
     assert f"{last} is damaged" in refusal()
-    shutil.rmtree(os.path.join(folder, "checkpoints"))
-    assert f"there is no checkpoint in '{folder}/checkpoints'" in refusal()
-
+    os.remove(os.path.join(folder, "config.json"))
+    assert f"'{folder}' is not the folder of a run" in refusal()
 
 
 # ------------------------------------------------------------------------- errors in this process, one shared engine
@@ -135,7 +136,7 @@ def test_an_exception_in_the_generator_reaches_the_learner(run):
             raise ValueError("broken on purpose")
 
     notes = fails(run, RuntimeError, "the generator failed: ValueError: broken on purpose", before_load=fail)
-    assert re.search(r"generator: load weights \(version 2\), ended \d+ s ago; learner: wait \(step 3\)", notes)
+    assert re.search(r"generator: load weights version 2, ended \d+ s ago; learner: wait step 3, ended", notes)
 
 
 def test_an_exception_in_the_learner(run, monkeypatch):
@@ -147,7 +148,7 @@ def test_an_exception_in_the_learner(run, monkeypatch):
     learn = script.learn
     monkeypatch.setattr(script, "learn", broken)
     notes = fails(run, ValueError, "broken on purpose", save_every=2)
-    assert "async_online_dpo.py ended in batch 3 of 6" in notes and "learner: learn (step 3)" in notes
+    assert "async_online_dpo.py ended in batch 3 of 6" in notes and "learner: learn step 3" in notes
     assert "--resume --output-dir" in notes
     monkeypatch.setattr(script, "learn", learn)
     assert same(metrics(run("run", resume=True, save_every=2)[0]), metrics(run("whole", save_every=2)[0]))
@@ -163,7 +164,7 @@ REWARDS = [
 @pytest.mark.parametrize("reward, error, message", REWARDS)
 def test_a_wrong_reward_function_is_refused(run, reward, error, message):
     notes = fails(run, error, message, reward=f"tests.tiny:{reward}")
-    assert "learner: label (step 0)" in notes and "no checkpoint was written (--save-every)" in notes
+    assert "learner: label step 0" in notes and "there is no checkpoint (--save-every)" in notes
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run):
@@ -212,7 +213,7 @@ def test_full_shared_memory_ends_the_run(run, monkeypatch):
     snapshot_weights = script.snapshot_weights
     monkeypatch.setattr(script, "snapshot_weights", snapshot)
     notes = fails(run, OSError, r"/dev/shm/async-rlhf-.*/version-000002/model.safetensors could not be written")
-    assert "learner: snapshot (step 2)" in notes
+    assert "learner: snapshot step 2" in notes
 
 
 def test_folders_in_shared_memory_go_with_their_process_only():
@@ -249,7 +250,8 @@ def popen(arguments, **env):
     """Start a command; it and all that it starts carry a mark in their environment."""
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    process = subprocess.Popen(arguments, cwd=HERE, env=os.environ | env | {"TEST_MARK": mark}, **pipes)
+    heed = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # the shell of a job may ignore it
+    process = subprocess.Popen(arguments, cwd=HERE, env=os.environ | env | {"TEST_MARK": mark}, **pipes, **heed)
     process.mark = mark
     return process
 
@@ -287,13 +289,16 @@ LONG = dict(total_episodes=32 * 40, save_every=5)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(task, tmp_path, undisturbed):
-    folder = str(tmp_path / "run")
-    process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
-    until_batch(12, folder)
-    assert str(engine_of(process.pid)) in marked(process)
-    process.kill()
-    process.wait(timeout=60)
-    assert left_behind(process)[0] == []
+    """Killed before its first checkpoint, and resumed; killed after some, and resumed."""
+    folder, resume = str(tmp_path / "run"), []
+    for t in (3, 12):
+        process = popen(command(task, *resume, name="async_rloo.py", output_dir=folder, **LONG))
+        until_batch(t, folder)
+        assert str(engine_of(process.pid)) in marked(process)
+        process.kill()
+        process.wait(timeout=60)
+        assert left_behind(process)[0] == []
+        resume = ["--resume"]
     status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **LONG)
     assert status == 0, output
     assert same(undisturbed, metrics(folder))
@@ -340,7 +345,7 @@ def test_an_engine_that_hangs_ends_the_run(task, tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
     assert re.search(r"TimeoutError: the learner waited 25 s \(--timeout\) for batch-\d+ and the generator", output)
-    assert re.search(r"generator: generate \(request batch-\d+, version \d+\), \d+ s so far; learner: wait", output)
+    assert re.search(r"generator: generate request batch-\d+ version \d+, \d+ s so far; learner: wait", output)
     assert left_behind(process) == NOTHING
 
 
@@ -366,7 +371,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def test_an_error_of_another_learner_ends_all_and_the_run_resumes(task, tmp_path):
-    """The reward of learner 1 fails in batch 3; both end, and go on from the checkpoint before it."""
+    """The reward of learner 1 fails in batch 2; both end, and go on from the checkpoint before it."""
     changes = dict(name="async_rloo.py", reward="tests.tiny:fragile_reward", save_every=1)
     whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
     python, *rest = command(task, output_dir=whole, **changes)
@@ -377,6 +382,7 @@ def test_an_error_of_another_learner_ends_all_and_the_run_resumes(task, tmp_path
     begin, output = time.monotonic(), process.communicate(timeout=200)[0]
     assert process.returncode == 1 and "ValueError: broken on rank 1" in output, output
     assert left_behind(process)[0] == [] and time.monotonic() - begin < 100
+    assert sorted(os.listdir(os.path.join(folder, "checkpoints"))) == ["version-000001", "version-000002"]
     process = popen([python, *TORCHRUN, "--standalone", *rest, "--resume"])
     assert process.wait(timeout=200) == 0, process.stdout.read()
     assert same(metrics(whole), metrics(folder))
@@ -392,18 +398,21 @@ def test_a_port_in_use_is_told(task, tmp_path):
     assert "address already in use" in output, output
 
 
-def test_ctrl_c_leaves_nothing_behind(task, tmp_path):
-    """In the middle of training: the process ends with a checkpoint, and so does the engine. SIGTERM: see below."""
+def test_ctrl_c_ends_with_a_checkpoint(task, tmp_path, undisturbed):
+    """To the whole group of processes, as a terminal sends it: the engine must not take it for its own end."""
     folder = str(tmp_path / "run")
-    process = popen(command(task, output_dir=folder, total_episodes=64_000))
-    until_batch(1, folder)
+    process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
+    until_batch(2, folder)
     end_by(process, signal.SIGINT)
+    status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **LONG)
+    assert status == 0, output
+    assert same(undisturbed, metrics(folder))
 
 
 def end_by(process, number):
     """Send a signal; the run must end within 30 s, with a checkpoint. Returns its output."""
     begin = time.monotonic()
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number and "--resume --output-dir" in output, output
     assert time.monotonic() - begin < 30

@@ -41,10 +41,10 @@ calls = 0
 
 
 def fragile_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
-    """reward, but the fourth call of the learner that $BREAK_RANK names fails."""
+    """reward, but the third call of the learner that $BREAK_RANK names fails."""
     global calls
     calls += 1
-    if calls == 4 and os.environ["RANK"] == os.environ.get("BREAK_RANK"):
+    if calls == 3 and os.environ["RANK"] == os.environ.get("BREAK_RANK"):
         raise ValueError(f"broken on rank {os.environ['RANK']}")
     return reward(prompts, responses)
 
