@@ -286,6 +286,7 @@ class Generator(threading.Thread):
         self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
         self.mine: dict[str, list[int]] = {}  # of the rollouts to come: the rows of this learner
         self.llm, self.send_weights, self.deaths, self.closing = None, None, 0, False
+        self.others = set(multiprocessing.active_children())  # not this generator's
 
     def snapshot(self, policy, version: int) -> Weights:
         """Called by every learner between two updates."""
@@ -346,7 +347,7 @@ class Generator(threading.Thread):
             if self.ident is not None:  # it was started
                 self.join(timeout=10)
             if self.is_alive():  # the engine hangs, or is starting: its process must not outlive this one
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()) - self.others:
                     process.kill()
         finally:
             if self.plan.generates:
@@ -1619,7 +1620,8 @@ def git_commit() -> str:
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     os.setsid()  # and by nothing else: signals to all of a terminal or a job are the learner's
-    if not multiprocessing.parent_process().is_alive():
-        os._exit(1)
 if __name__ == "__main__":
     main(tyro.cli(Args))
+    if "RANK" in os.environ:  # threads of torch's process groups now and then abort a normal exit
+        sys.stdout.flush()
+        os._exit(0)

@@ -8,7 +8,8 @@ flags+=(--seed 1,2,3,4,5)
 for model in "${sizes[@]}"; do
     for algo in online_dpo rloo ppo; do
         run async_vs_sync async_$algo.py --model "$model"
-        run async_vs_sync sync_baseline.py --algo $algo --placement split,colocate --model "$model"
+        run async_vs_sync sync_baseline.py --algo $algo --model "$model"
+        colocate async_vs_sync --algo $algo --model "$model"
     done
 done
 [ -n "${DRY:-}" ] || $python -m benchmark.plot async_vs_sync

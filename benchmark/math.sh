@@ -18,9 +18,10 @@ paper)
     rloo=(--kl-coef 0.05) ppo=(--samples-per-prompt 8 --batch-size 2016 --num-epochs 2)
     ;;
 esac
-for run in "online_dpo" "rloo ${rloo[*]}" "ppo ${ppo[*]}"; do
-    read -ra words <<<"$run"
+for words in "online_dpo" "rloo ${rloo[*]}" "ppo ${ppo[*]}"; do
+    read -ra words <<<"$words"
     run math "async_${words[0]}.py" "${words[@]:1}"
-    run math sync_baseline.py --algo "${words[0]}" --placement split,colocate "${words[@]:1}"
+    run math sync_baseline.py --algo "${words[0]}" "${words[@]:1}"
+    colocate math --algo "${words[0]}" "${words[@]:1}"
 done
 [ -n "${DRY:-}" ] || $python -m benchmark.plot math

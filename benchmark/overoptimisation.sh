@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Over-optimisation: in a long run at a high learning rate the proxy reward keeps rising while the gold win-rate falls.
+# Over-optimisation on tldr-tiny: at a high learning rate the proxy reward keeps rising while the gold win-rate falls.
 set -euo pipefail
-. "$(dirname "$0")/scales.sh"
-[ "$scale" = paper ] || flags+=(--learning-rate 3e-4 --total-episodes 19200 --eval-every 15 --eval-prompts 1024)
-[ "$scale" = tiny ] || flags+=(--learning-rate 1e-5 --total-episodes 524288)
-run overoptimisation async_online_dpo.py
-[ -n "${DRY:-}" ] || $python -m benchmark.plot overoptimisation
+cd "$(dirname "$0")/.."
+[ -e tasks/tldr-tiny/info.json ] || .venv/bin/python -m benchmark.tasks.tldr_tiny
+for seed in ${SEEDS:-1 2 3}; do
+    .venv/bin/python async_online_dpo.py --seed "$seed" --learning-rate 3e-4 --total-episodes 19200 \
+        --eval-split test --eval-every 15 --eval-prompts 1024 "$@"
+done

@@ -2,11 +2,11 @@
 
     python -m benchmark.run lag async_rloo.py --max-staleness 0,1,2,4 --rloo-loss proximal,vanilla --seed 1,2,3
 
-Values with commas span the grid; the last one changes fastest. A run is kept in runs/NAME/, in a folder named after
+Values with commas span the grid; the last flag changes fastest. A run is kept in runs/NAME/, in a folder named after
 what varies and a hash of all flags. Finished ones are skipped, others go on from their last checkpoint or begin anew; a
-run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that
-are there: a line an evaluation. LAUNCH="torchrun ..." starts the
-scripts with that instead of Python; with DRY=1 the commands are only printed.
+run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that are
+there: a line an evaluation. LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1 the
+commands are only printed.
 """
 
 import csv
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,21 +47,31 @@ def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Pat
     """runs/NAME/<script>-<what varies>-<hash of all>."""
     shown = [Path(script).stem] + [flag[2:] for flag in flags if flag.split("=")[0] in varied]
     digest = hashlib.sha256("\0".join([script, *flags]).encode()).hexdigest()[:8]
-    return Path("runs", name, "-".join([*(re.sub(r"[^\w.=-]", "_", part) for part in shown), digest]))
+    new = Path("runs", name, "-".join([*(re.sub(r"[^\w.=-]", "_", part) for part in shown), digest]))
+    return next((path for path in Path("runs", name).glob(f"*-{digest}") if path.is_dir()), new)
 
 
-def run(script: str, flags: list[str], folder: Path) -> None:
-    """One run of a script, to its end."""
+def run(script: str, flags: list[str], folder: Path, lock: int) -> None:
+    """One run of a script, to its end. Ctrl-C and SIGTERM are passed on, and the run ends with a checkpoint."""
     if (folder / "summary.json").exists():
         return
     resume = (folder / "config.json").exists()
     launcher = shlex.split(os.environ.get("LAUNCH", sys.executable))
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        output = done.stdout[-3000:] + done.stderr[-3000:]
-        raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {done.returncode}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "w") as log:
+        own = dict(start_new_session=True, pass_fds=[lock])  # signals come from here; the lock lasts as long as the run
+        process = subprocess.Popen(command, stdout=log, stderr=log, **own)
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise SystemExit(f"benchmark.run: ended; the same command goes on with {folder}") from None
+    if process.returncode:
+        output = Path(f"{folder}.log").read_text()[-3000:]
+        raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
 
 
 def rows(folder: Path) -> list[dict]:
@@ -104,11 +115,12 @@ def main(name: str, script: str, *options: str) -> None:
         for flags in points:
             print(script, *flags)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     Path("runs").mkdir(exist_ok=True)
-    with open("runs/.lock", "w") as lock:  # one run at a time on a machine
+    with open("runs/.lock", "w") as lock:  # one run at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
         for flags in points:
-            run(script, flags, folder_of(name, script, flags, varied))
+            run(script, flags, folder_of(name, script, flags, varied), lock.fileno())
             write_table(name)
 
 

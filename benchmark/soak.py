@@ -2,10 +2,11 @@
 
 One run undisturbed, then the same with a fault every minute or two: the run killed (SIGKILL) or asked to end (SIGTERM)
 and resumed, its last checkpoint altered (which must be refused) and deleted, the engine killed or stopped for some
-seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes must be flat, and
+seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes is recorded, and
 no process and no folder in /dev/shm may be left. The result goes to benchmark/results/soak.json.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def undisturbed(args: Args, folder: Path) -> list[dict]:
 def disturbed(args: Args, folder: Path) -> Counter:
     """Run to the end with faults. Returns how many there were of each kind."""
     dice, counts = random.Random(args.seed), Counter()
-    process, deaths = start(args, folder), 0
+    process, deaths, before = start(args, folder), 0, 0
     while True:
         try:
             process.wait(timeout=20 + dice.expovariate(1 / max(1.0, args.seconds - 20)))
@@ -99,18 +99,20 @@ def disturbed(args: Args, folder: Path) -> Counter:
             pass
         kind = dice.choice(["kill", "end", "alter", "kill engine", "stop engine"])
         engine = engine_of(process.pid)
-        if engine is None or (kind == "kill engine" and deaths == 3):
-            kind = "kill"  # before there is an engine, or after its last allowed death
+        if engine is None or batches(folder) == before or (kind == "kill engine" and deaths == 3):
+            kind = "kill"  # while it starts, or after its last allowed death
         counts[kind] += 1
         print(f"{time.strftime('%H:%M:%S')} batch {batches(folder)}: {kind}", flush=True)
         if kind == "kill engine":
-            os.kill(engine, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
             deaths += 1
             continue
         if kind == "stop engine":
-            os.kill(engine, signal.SIGSTOP)
-            time.sleep(dice.uniform(1, 20))
-            os.kill(engine, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGSTOP)
+                time.sleep(dice.uniform(1, 20))
+                os.kill(engine, signal.SIGCONT)
             continue
         process.send_signal(signal.SIGTERM if kind == "end" else signal.SIGKILL)
         process.wait(timeout=60)
@@ -126,6 +128,7 @@ def disturbed(args: Args, folder: Path) -> Counter:
                 raise SystemExit(f"an altered checkpoint was not refused:\n{refused.stderr[-2000:]}")
             shutil.rmtree(re.search(r"(\S+)/optimizer.safetensors is not", refused.stderr)[1])
         process, deaths = start(args, folder, *["--resume"] * (folder / "config.json").exists()), 0
+        before = batches(folder)
 
 
 def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -136,26 +139,27 @@ def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
 
 def main(args: Args) -> None:
     begin = time.time()
-    with tempfile.TemporaryDirectory() as tmp:
-        one, other = Path(tmp, "undisturbed"), Path(tmp, "disturbed")
-        memory = undisturbed(args, one)
-        minutes = [(time.time() - begin) / 60]
-        counts = disturbed(args, other)
-        minutes.append((time.time() - begin) / 60 - minutes[0])
-        (records, weights), (others, other_weights) = results(one), results(other)
-        equal = records == others and all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
+    one, other = Path("runs/soak/undisturbed"), Path("runs/soak/disturbed")
+    shutil.rmtree("runs/soak", ignore_errors=True)
+    os.makedirs("runs/soak")
+    memory = undisturbed(args, one)
+    minutes = [(time.time() - begin) / 60]
+    counts = disturbed(args, other)
+    minutes.append((time.time() - begin) / 60 - minutes[0])
+    (records, weights), (others, other_weights) = results(one), results(other)
+    equal = records == others and all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
     shared = [name for name in os.listdir("/dev/shm") if re.match(r"async-rlhf-\d+-", name)]
     processes = subprocess.run(["ps", "-A", "-o", "ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     left = [line for line in processes if "EngineCore" in line and line.split()[0] == "1"]  # without a parent
-    tenth = memory[len(memory) // 10 :]  # after the start
-    grown = {side: tenth[-1][side] - tenth[0][side] for side in ("learner", "engine")}
-    per_batch = {side: size * 1024 / (tenth[-1]["batch"] - tenth[0]["batch"]) for side, size in grown.items()}
+    settled = memory[len(memory) // 10 :]  # after the start
+    grown = {side: settled[-1][side] - settled[0][side] for side in ("learner", "engine")}
+    per_batch = {side: size * 1024 / (settled[-1]["batch"] - settled[0]["batch"]) for side, size in grown.items()}
     found = {
         "command": f"python -m benchmark.soak --batches {args.batches} --seconds {args.seconds} --seed {args.seed}",
         "commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "faults": counts, "equal_to_the_last_bit": equal,
         "left_in_dev_shm": shared, "engines_left": left, "minutes_undisturbed_and_disturbed": minutes,
         "growth_of_resident_memory_mib": grown, "growth_kib_per_batch": per_batch,
-        "memory_mib": tenth[:: max(1, len(tenth) // 40)],
+        "memory_mib": settled[:: max(1, len(settled) // 40)],
     }  # fmt: skip
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({name: value for name, value in found.items() if name != "memory_mib"}, indent=1))

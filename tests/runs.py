@@ -47,16 +47,17 @@ def start(task, *extra, **changes):
     return done.returncode, done.stdout + done.stderr
 
 
-def until_batch(t, folder):
+def until_batch(t, folder, process=None):
     """Wait until a run has learned from t batches."""
     log, deadline = os.path.join(folder, "metrics.jsonl"), time.monotonic() + 120
     while not (os.path.exists(log) and len(open(log).readlines()) >= t):
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{folder} has not come to batch {t}"
         time.sleep(0.02)
 
 
 def engine_of(pid):
-    """The process of vLLM below a run; below the tests' own process there may be the shared one too: the newest."""
+    """The newest vLLM engine among the children of a process."""
     listing = ["ps", "-o", "pid=,args=", "--sort=start_time", "--ppid", str(pid)]
     lines = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
     return [int(line.split()[0]) for line in lines if "EngineCore" in line][-1]

@@ -5,6 +5,8 @@ can be brought about.
 """
 
 import contextlib
+import fcntl
+import glob
 import os
 import re
 import resource
@@ -253,25 +255,44 @@ def popen(arguments, **env):
     heed = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # the shell of a job may ignore it
     process = subprocess.Popen(arguments, cwd=HERE, env=os.environ | env | {"TEST_MARK": mark}, **pipes, **heed)
     process.mark = mark
+    STARTED.append(process)
     return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """Whatever a failed test has left running ends."""
+    yield
+    while STARTED:
+        for pid in marked(STARTED[-1]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        STARTED.pop().wait(timeout=20)
 
 
 def marked(process):
     """The processes of a command that live."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ") as f:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", errors="replace") as f:
             found += [pid] if f"TEST_MARK={process.mark}" in f.read() else []
     return found
 
 
 def left_behind(process):
-    """Its processes, once those that are ending have had 10 s, and folders in /dev/shm that belong to no process."""
+    """Its processes, once those that are ending have had 10 s, and folders in /dev/shm that no process holds."""
     deadline = time.monotonic() + 10
     while (left := marked(process)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    pids = {name: re.match(r"async-rlhf-(\d+)-", name) for name in os.listdir("/dev/shm")}
-    return left, [name for name, pid in pids.items() if pid and not os.path.exists(f"/proc/{pid[1]}")]
+    unlocked = []
+    for path in glob.glob("/dev/shm/async-rlhf-*/lock"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unlocked.append(path)
+    return left, unlocked
 
 
 NOTHING = ([], [])
@@ -293,7 +314,7 @@ def test_a_killed_run_resumes_to_the_same_bits(task, tmp_path, undisturbed):
     folder, resume = str(tmp_path / "run"), []
     for t in (3, 12):
         process = popen(command(task, *resume, name="async_rloo.py", output_dir=folder, **LONG))
-        until_batch(t, folder)
+        until_batch(t, folder, process)
         assert str(engine_of(process.pid)) in marked(process)
         process.kill()
         process.wait(timeout=60)
@@ -310,7 +331,7 @@ def test_the_engines_death_costs_nothing(task, tmp_path, undisturbed):
     folder = str(tmp_path / "run")
     process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
     for t in (8, 20):
-        until_batch(t, folder)
+        until_batch(t, folder, process)
         os.kill(engine_of(process.pid), signal.SIGKILL)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
@@ -322,14 +343,14 @@ def test_the_engines_death_costs_nothing(task, tmp_path, undisturbed):
 def test_an_engine_out_of_memory_costs_nothing(task, tmp_path, undisturbed):
     """It either dies of that, and is started again, or its error ends the run, and --resume goes on: the same bits."""
     folder = str(tmp_path / "run")
-    process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
-    until_batch(8, folder)
+    process = popen(command(task, name="async_rloo.py", output_dir=folder, timeout=60, **LONG))
+    until_batch(8, folder, process)
     resource.prlimit(engine_of(process.pid), resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
     output = process.communicate(timeout=200)[0]
     if process.returncode == 0:
         assert "starting it again (death 1 of" in output
     else:
-        assert re.search("RuntimeError: the generator failed: .*allocate memory.*--resume", output, re.DOTALL), output
+        assert re.search("(the generator failed|the learner waited 60 s).*--resume", output, re.DOTALL), output
         status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **LONG)
         assert status == 0, output
     assert same(undisturbed, metrics(folder))
@@ -338,14 +359,15 @@ def test_an_engine_out_of_memory_costs_nothing(task, tmp_path, undisturbed):
 
 def test_an_engine_that_hangs_ends_the_run(task, tmp_path):
     folder = str(tmp_path / "run")
-    process = popen(command(task, output_dir=folder, total_episodes=64_000, timeout=25))
-    until_batch(3, folder)
+    process = popen(command(task, output_dir=folder, total_episodes=64_000, timeout=30))
+    until_batch(3, folder, process)
     engine = engine_of(process.pid)
     os.kill(engine, signal.SIGSTOP)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=200)[0]
     assert process.returncode == 1, output
-    assert re.search(r"TimeoutError: the learner waited 25 s \(--timeout\) for batch-\d+ and the generator", output)
-    assert re.search(r"generator: generate request batch-\d+ version \d+, \d+ s so far; learner: wait", output)
+    assert re.search(r"TimeoutError: the learner waited 30 s \(--timeout\) for batch-\d+ and the generator", output)
+    doing = r"generator: (generate request batch-\d+|load weights) version \d+, \d+ s so far; learner: wait"
+    assert re.search(doing, output)
     assert left_behind(process) == NOTHING
 
 
@@ -375,8 +397,9 @@ def test_an_error_of_another_learner_ends_all_and_the_run_resumes(task, tmp_path
     changes = dict(name="async_rloo.py", reward="tests.tiny:fragile_reward", save_every=1)
     whole, folder = str(tmp_path / "whole"), str(tmp_path / "run")
     python, *rest = command(task, output_dir=whole, **changes)
-    status = popen([python, *TORCHRUN, "--standalone", *rest])
-    assert status.wait(timeout=200) == 0, status.stdout.read()
+    process = popen([python, *TORCHRUN, "--standalone", *rest])
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
     python, *rest = command(task, output_dir=folder, **changes)
     process = popen([python, *TORCHRUN, "--standalone", *rest], BREAK_RANK="1")
     begin, output = time.monotonic(), process.communicate(timeout=200)[0]
@@ -384,7 +407,8 @@ def test_an_error_of_another_learner_ends_all_and_the_run_resumes(task, tmp_path
     assert left_behind(process)[0] == [] and time.monotonic() - begin < 100
     assert sorted(os.listdir(os.path.join(folder, "checkpoints"))) == ["version-000001", "version-000002"]
     process = popen([python, *TORCHRUN, "--standalone", *rest, "--resume"])
-    assert process.wait(timeout=200) == 0, process.stdout.read()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
     assert same(metrics(whole), metrics(folder))
 
 
@@ -402,7 +426,7 @@ def test_ctrl_c_ends_with_a_checkpoint(task, tmp_path, undisturbed):
     """To the whole group of processes, as a terminal sends it: the engine must not take it for its own end."""
     folder = str(tmp_path / "run")
     process = popen(command(task, name="async_rloo.py", output_dir=folder, **LONG))
-    until_batch(2, folder)
+    until_batch(2, folder, process)
     end_by(process, signal.SIGINT)
     status, output = start(task, "--resume", name="async_rloo.py", output_dir=folder, **LONG)
     assert status == 0, output
@@ -441,7 +465,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 def test_sockets_listen_on_loopback_only_and_secrets_stay_secret(task, tmp_path):
     secret, folder = "s3cr3t-token-0123456789", str(tmp_path / "run")
     process = popen(command(task, output_dir=folder, total_episodes=64_000), HF_TOKEN=secret, WANDB_API_KEY=secret)
-    until_batch(1, folder)
+    until_batch(1, folder, process)
     with open(f"/proc/{engine_of(process.pid)}/environ") as f:
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in f.read()
     found = listening(process.pid) | listening(engine_of(process.pid))
