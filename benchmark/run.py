@@ -56,7 +56,7 @@ def run(script: str, flags: list[str], folder: Path, lock: int) -> None:
     if (folder / "summary.json").exists():
         return
     resume = (folder / "config.json").exists()
-    launcher = shlex.split(os.environ.get("LAUNCH", sys.executable))
+    launcher = shlex.split(os.environ.get("LAUNCH") or sys.executable)
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,7 @@ prepare_sizes() {  # of the policy and the reward model, 12 minutes
     [ "$scale" = paper ] || [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/rm-s ] ||
         $python -m benchmark.tasks.tldr_tiny --sizes s m l --reward-sizes s m
 }
-colocate() {  # run NAME with the synchronous baseline, placement colocate: all four GPUs learn
-    local LAUNCH=${LAUNCH/nproc_per_node 3/nproc_per_node 4}
-    run "$1" sync_baseline.py --placement colocate "${@:2}"
+colocate() {  # run NAME with the synchronous baseline, placement colocate: at paper scale all four GPUs learn
+    LAUNCH=${LAUNCH:+${LAUNCH/nproc_per_node 3/nproc_per_node 4}} run "$1" sync_baseline.py --placement colocate "${@:2}"
 }
 run() { $python -m benchmark.run "$1" "$2" "${flags[@]}" "${@:3}"; }  # run NAME SCRIPT --flag value[,value...] ...
