@@ -8,7 +8,7 @@ set -euo pipefail
 export LAUNCH=".venv/bin/torchrun --nproc_per_node 7"
 flags+=(--model "${MODEL:-models/llama-3.1-8b-sft-no-robots}" --reward "${REWARD:-models/llama-3.1-8b-rm-no-robots}"
     --dataset tasks/no-robots/data --reference-column reference --eval-split test --eval-prompts 497
-    --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2 --gradient-checkpointing True
+    --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2 --gradient-checkpointing
     --response-length 1024 --learning-rate 8e-7 --beta 0.03 --missing-eos-score -10 --seed 1)
 run chatbot async_online_dpo.py
 run chatbot sync_baseline.py --algo online_dpo

@@ -32,14 +32,17 @@ STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "effective_sample_s
 
 
 def grid(options: list[str]) -> list[list[str]]:
-    """["--a", "1,2", "--b=3"] -> [["--a=1", "--b=3"], ["--a=2", "--b=3"]]."""
-    axes, words = {}, iter(options)
-    for word in words:
+    """["--a", "1,2", "--b=3", "--c"] -> [["--a=1", "--b=3", "--c"], ["--a=2", "--b=3", "--c"]]."""
+    axes, bare = {}, None  # of a flag given twice the last counts; bare: a flag whose value may come as the next word
+    for word in options:
         flag, equals, values = word.partition("=")
-        values = values if equals else next(words, None)
-        if not flag.startswith("--") or values is None:
-            raise SystemExit(f"benchmark.run: {word} is not a flag with a value")
-        axes[flag] = [f"{flag}={value}" for value in values.split(",")]  # a flag given twice: the last one counts
+        if not flag.startswith("--"):
+            flag, equals, values, bare = bare, True, word, None
+            if flag is None:
+                raise SystemExit(f"benchmark.run: {word} does not belong to a flag")
+        else:
+            bare = None if equals else flag
+        axes[flag] = [f"{flag}={value}" for value in values.split(",")] if equals else [flag]
     return [list(point) for point in itertools.product(*axes.values())]
 
 

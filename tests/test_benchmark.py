@@ -45,9 +45,10 @@ def test_a_wrong_scale_is_refused():
 
 
 def test_grid():
-    assert run.grid(["--a", "1,2", "--b=x", "--a=3,4"]) == [["--a=3", "--b=x"], ["--a=4", "--b=x"]]
-    for wrong in (["a", "1"], ["--a"]):
-        with pytest.raises(SystemExit, match="is not a flag with a value"):
+    assert run.grid(["--a", "1,2", "--b=x", "--c", "--a=3,4"]) == [["--a=3", "--b=x", "--c"], ["--a=4", "--b=x", "--c"]]
+    assert run.grid(["--gold", "", "--temperature", "-1"]) == [["--gold=", "--temperature=-1"]]
+    for wrong in (["a", "1"], ["--a", "1", "2"]):
+        with pytest.raises(SystemExit, match="does not belong to a flag"):
             run.grid(wrong)
 
 
@@ -68,7 +69,7 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
 
     run.main("lag", script, *options)
     assert capsys.readouterr().out.count("--output-dir") == 1
-    (folder,) = (tmp_path / "runs/lag").iterdir()
+    (folder,) = (path for path in (tmp_path / "runs/lag").iterdir() if path.is_dir())
     os.remove(folder / "summary.json")
     run.main("lag", script, *options)
     assert "--resume" in capsys.readouterr().out and json.loads((folder / "summary.json").read_text())
