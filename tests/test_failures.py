@@ -310,7 +310,7 @@ LONG = dict(total_episodes=32 * 40, save_every=5)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(task, tmp_path, undisturbed):
-    """Killed before its first checkpoint, and resumed; killed after some, and resumed."""
+    """Killed before its first checkpoint, and resumed; killed after some, and resumed. Whole runs repeat, too."""
     folder, resume = str(tmp_path / "run"), []
     for t in (3, 12):
         process = popen(command(task, *resume, name="async_rloo.py", output_dir=folder, **LONG))

@@ -80,7 +80,6 @@ def alone(task, tmp_path_factory):
     "name, changes",
     [
         ("async_online_dpo.py", {}),
-        ("async_rloo.py", {}),
         ("async_ppo.py", {}),
         ("sync_baseline.py", dict(algo="ppo", placement="colocate")),
     ],
