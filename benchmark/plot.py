@@ -1,8 +1,8 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
 From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and NAME.md. Lines and
-bands are the mean over seeds and its 95 % bootstrap interval. Of three seeds that is their range, and holds the true
-mean in about 78 % of cases; of five in 86 %.
+bands are the mean over seeds and its 95 % bootstrap interval. Of three seeds that is their range, which is too narrow:
+each extreme is drawn three times in a row with probability 1/27.
 """
 
 import contextlib

@@ -6,6 +6,7 @@
     generator   tokens/s of a rollout against plain vllm.LLM.generate of the same prompts and lengths
     learner     real tokens/s of label + learn against a bare forward and backward of the same tokens without padding
     weights     seconds from "the learner has them" to "the generator has them", by size of the policy
+    snapshot    of which parts the learner's side of that consists
     startup     seconds from the command to the first update
     memory      peak of learner and engine against parameters + gradients + optimizer states + reference
     peer        TRL's RLOOTrainer on the same model, prompts, completions and cores
@@ -354,6 +355,34 @@ def weights() -> None:
         note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: loading by the generator", loads[1:], "s")
 
 
+def snapshot() -> None:
+    """What the learner's part of a snapshot consists of, for a random policy of SmolLM2-135M's shape in bfloat16."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        random_llama(folder, *SMOLLM2)
+        parts = Parts(engine=False, model=folder, dtype="bfloat16")
+        policy, cast = parts.policy, {}
+
+        def probe(length: int) -> None:
+            ids = torch.arange(5, 5 + length)[None]
+            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+            with torch.no_grad(), dpo.autocast(parts.args, policy.device):
+                dpo.response_logprobs(policy, ids, torch.ones(1, dtype=torch.long), mask, 1.0)
+
+        def cast_weights() -> None:
+            cast.update({name: p.detach().to(torch.bfloat16, copy=True) for name, p in policy.named_parameters()})
+
+        found = in_turn(
+            5,
+            probe_of_128_tokens=lambda: probe(128),
+            probe_of_32_tokens=lambda: probe(32),
+            cast=cast_weights,
+            file=lambda: dpo.write_tensors(cast, f"{folder}/written.safetensors"),
+        )
+        for name, seconds in found.items():
+            note("snapshot", f"135 M, bfloat16: {name.replace('_', ' ')}", seconds, "s")
+        parts.generator.folder.cleanup()
+
+
 def startup() -> None:
     found = []
     for seed in range(1, REPEATS + 1):
@@ -464,7 +493,7 @@ def trl_part(folder: str) -> None:
 
 
 PARTS = dict(overlap=overlap, placements=placements, generator=generator, learner=learner, weights=weights)
-PARTS |= dict(startup=startup, memory=memory, peer=peer)
+PARTS |= dict(snapshot=snapshot, startup=startup, memory=memory, peer=peer)
 INNER = {"control-part": control_part, "trl-part": trl_part}
 
 if __name__ == "__main__":
