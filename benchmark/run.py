@@ -1,4 +1,4 @@
-"""Run a grid, one run at a time: python -m benchmark.run NAME SCRIPT --flag value[,value...] ...
+"""Run a grid: python -m benchmark.run NAME SCRIPT --flag value[,value...] ...
 
     python -m benchmark.run lag async_rloo.py --max-staleness 0,1,2,4 --rloo-loss proximal,vanilla --seed 1,2,3
 
@@ -6,7 +6,7 @@ Values with commas span the grid; the last flag changes fastest. A run is kept i
 what varies and a hash of all flags. Finished ones are skipped, others go on from their last checkpoint or begin anew; a
 run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that are
 there: a line an evaluation. LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1 the
-commands are only printed.
+commands are only printed. JOBS=2 runs two at a time: the results are the same to the last bit, the times are not.
 """
 
 import csv
@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,27 +55,42 @@ def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Pat
     return next((path for path in Path("runs", name).glob(f"*-{digest}") if path.is_dir()), new)
 
 
-def run(script: str, flags: list[str], folder: Path, lock: int) -> None:
-    """One run of a script, to its end. Ctrl-C and SIGTERM are passed on, and the run ends with a checkpoint."""
-    if (folder / "summary.json").exists():
-        return
+def start(script: str, flags: list[str], folder: Path, jobs: int, lock: int) -> subprocess.Popen:
+    """One run of a script, resumed where there is something to resume."""
     resume = (folder / "config.json").exists()
     launcher = shlex.split(os.environ.get("LAUNCH") or sys.executable)
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "w") as log:
+        print(f"JOBS={jobs}", file=log, flush=True)
         own = dict(start_new_session=True, pass_fds=[lock])  # signals come from here; the lock lasts as long as the run
-        process = subprocess.Popen(command, stdout=log, stderr=log, **own)
-        try:
-            process.wait()
-        except KeyboardInterrupt:
+        return subprocess.Popen(command, stdout=log, stderr=log, **own)
+
+
+def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, lock: int) -> None:
+    """Every run to its end, `jobs` at a time. Ctrl-C and SIGTERM are passed on: the runs end with a checkpoint."""
+    running, waiting = {}, [point for point in points if not (point[2] / "summary.json").exists()]
+    try:
+        while running or waiting:
+            if waiting and len(running) < jobs:
+                running[waiting[0][2]] = start(*waiting.pop(0), jobs, lock)
+            time.sleep(0.2)
+            for folder, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[folder]
+                if process.returncode:
+                    output = Path(f"{folder}.log").read_text()[-3000:]
+                    raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
+                write_table(name)
+    except KeyboardInterrupt:
+        raise SystemExit("benchmark.run: ended; the same command goes on where this one stopped") from None
+    finally:
+        for process in running.values():
             process.terminate()
+        for process in running.values():
             process.wait()
-            raise SystemExit(f"benchmark.run: ended; the same command goes on with {folder}") from None
-    if process.returncode:
-        output = Path(f"{folder}.log").read_text()[-3000:]
-        raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
 
 
 def rows(folder: Path) -> list[dict]:
@@ -86,6 +102,7 @@ def rows(folder: Path) -> list[dict]:
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS}
     where = {"step_seconds": round(step, 4), "command": config["command"].split(" --output-dir")[0]}
+    where["jobs"] = Path(f"{folder}.log").read_text().partition("\n")[0].removeprefix("JOBS=")
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
     for record in records:
@@ -120,11 +137,11 @@ def main(name: str, script: str, *options: str) -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     Path("runs").mkdir(exist_ok=True)
-    with open("runs/.lock", "w") as lock:  # one run at a time
+    with open("runs/.lock", "w") as lock:  # one grid at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for flags in points:
-            run(script, flags, folder_of(name, script, flags, varied), lock.fileno())
-            write_table(name)
+        runs = [(script, flags, folder_of(name, script, flags, varied)) for flags in points]
+        run_all(name, runs, int(os.environ.get("JOBS") or 1), lock.fileno())
+        write_table(name)
 
 
 if __name__ == "__main__":

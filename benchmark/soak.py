@@ -2,8 +2,8 @@
 
 One run undisturbed and, beside it, the same with a fault every minute or two: the run killed (SIGKILL) or asked to end
 (SIGTERM) and resumed, its last checkpoint altered (which must be refused) and deleted, the engine killed or stopped for
-some seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes is recorded, and
-no process and no folder in /dev/shm may be left. The result goes to benchmark/results/soak.json.
+some seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes is recorded,
+and no process and no folder in /dev/shm may be left. The result goes to benchmark/results/soak.json.
 """
 
 import contextlib
