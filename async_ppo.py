@@ -740,7 +740,8 @@ def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, t
     rows = {"score": scores, "ended": torch.tensor(ended)}  # one number a response
     if gold is not None:
         references = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
-        references = [ids + [tokenizer.eos_token_id] for ids in references]
+        eos = [tokenizer.eos_token_id]
+        references = [ids + eos * (ids[-1:] != eos) for ids in references]  # some data sets bring it
         rows["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
         if not rows["gold_score"].isfinite().all():
             raise ValueError(f"the gold reward {args.gold!r} gave a score that is not finite in {rollout.name}")

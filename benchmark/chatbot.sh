@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The paper's chatbot: Online DPO of LLaMA 3.1 8B on No Robots, judged by a language model against the human response. Only at
-# the scale `paper`: 8 GPUs, 7 learn and one generates. MODEL and REWARD name your SFT policy and reward model (the paper's are
-# not public); the judge is at JUDGE_URL, see benchmark/judge.py.
+# the scale `paper`: 8 GPUs, 7 learn and one generates. The paper's SFT policy and reward model are not public:
+# `bash benchmark/sft_and_reward.sh no_robots meta-llama/Llama-3.1-8B` makes them. The judge is at JUDGE_URL, see benchmark/judge.py.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh" paper
 [ -n "${DRY:-}" ] || [ -e tasks/no-robots/data ] || $python -m benchmark.tasks.no_robots
 export LAUNCH=".venv/bin/torchrun --nproc_per_node 7"
-flags+=(--model "${MODEL:-models/llama-3.1-8b-sft-no-robots}" --reward "${REWARD:-models/llama-3.1-8b-rm-no-robots}"
+flags+=(--model models/no_robots-sft --reward models/no_robots-reward
     --dataset tasks/no-robots/data --reference-column reference --eval-split test --eval-prompts 497
     --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2 --gradient-checkpointing
     --response-length 1024 --learning-rate 8e-7 --beta 0.03 --missing-eos-score -10 --seed 1)

@@ -1,5 +1,6 @@
 """Fixtures: the tiny task, one real vLLM engine for all tests of a session, and main() of a script with that engine."""
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -27,14 +28,12 @@ class SharedEngine:
         return getattr(self.llm, name)
 
 
-@pytest.fixture(scope="session")
-def engine(task, tmp_path_factory):
+@contextlib.contextmanager
+def real_engine(args, folder):
     """(llm, send_weights) of a real vLLM in its default layout: engine in a child process, on its own cores."""
     affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    args = script.Args(**flags(task))
     plan = script.device_plan(args)
     policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    folder = str(tmp_path_factory.mktemp("weights"))
     weights = script.snapshot_weights(policy, 0, [5, 6, 7], args, folder)
     os.environ.update(plan.engine_env)
     llm, send_weights = script.start_engine(args, plan, weights)
@@ -45,44 +44,56 @@ def engine(task, tmp_path_factory):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def run(task, engine, monkeypatch, tmp_path):
-    """run(**changes) -> (output folder, rollouts as they were received): main() of a script with the shared engine."""
+@pytest.fixture(scope="session")
+def engine(task, tmp_path_factory):
+    with real_engine(script.Args(**flags(task)), str(tmp_path_factory.mktemp("weights"))) as engine:
+        yield engine
+
+
+def run_main(engine, module, args, before_load=lambda weights: None, before_label=lambda: None):
+    """main() of a script with a shared engine. Returns the rollouts as they were received."""
     llm, send_weights = engine
     affinity = os.sched_getaffinity(0)
+    rollouts, make_batch, check = [], module.make_batch, module.check_rollout
 
-    def run(name="run", module=script, before_load=lambda weights: None, before_label=lambda: None, **changes):
-        rollouts, make_batch, check = [], module.make_batch, module.check_rollout
+    def start_engine(args, plan, weights):
+        send_weights(weights)
 
-        def start_engine(args, plan, weights):
+        def send(weights):
+            before_load(weights)
             send_weights(weights)
 
-            def send(weights):
-                before_load(weights)
-                send_weights(weights)
+        return llm, send
 
-            return llm, send
+    def slow_batch(*args):
+        before_label()
+        return make_batch(*args)
 
-        def slow_batch(*args):
-            before_label()
-            return make_batch(*args)
+    def record(rollout, expected, args):
+        check(rollout, expected, args)
+        if rollout.name.startswith("batch"):
+            rollouts.append(rollout)
 
-        def record(rollout, expected, args):
-            check(rollout, expected, args)
-            if rollout.name.startswith("batch"):
-                rollouts.append(rollout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "start_engine", start_engine)
+        patch.setattr(module, "make_batch", slow_batch)
+        patch.setattr(module, "check_rollout", record)
+        try:
+            module.main(args)
+        finally:
+            os.sched_setaffinity(0, affinity)
+    return rollouts
 
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "start_engine", start_engine)
-            patch.setattr(module, "make_batch", slow_batch)
-            patch.setattr(module, "check_rollout", record)
-            folder = str(tmp_path / name)
-            try:
-                module.main(module.Args(**flags(task, output_dir=folder) | changes))
-            finally:
-                os.sched_setaffinity(0, affinity)
-        return folder, rollouts
+
+@pytest.fixture
+def run(task, engine, tmp_path):
+    """run(**changes) -> (output folder, rollouts): main() of a script on the tiny task, with the shared engine."""
+    hooks = ("before_load", "before_label")
+
+    def run(name="run", module=script, **changes):
+        folder = str(tmp_path / name)
+        given = {name: changes.pop(name) for name in hooks if name in changes}
+        args = module.Args(**flags(task, output_dir=folder) | changes)
+        return folder, run_main(engine, module, args, **given)
 
     return run
-
-

@@ -104,7 +104,7 @@ def test_no_robots_from_a_folder_with_its_columns(tmp_path):
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
     for name in ("train", "test"):
         write_jsonl(tmp_path / "in" / f"{name}.jsonl", rows)
-    no_robots.main(no_robots.Args(str(tmp_path / "in"), str(tmp_path / "out")))
-    row = load_from_disk(str(tmp_path / "out"))["test"][0]
+    no_robots.main(no_robots.Args(str(tmp_path / "in"), output=str(tmp_path / "out")))
+    row = load_from_disk(str(tmp_path / "out" / "data"))["test"][0]
     assert row["query"].startswith("### System:\nBe kind.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\nBye")
     assert row["query"].endswith("### Assistant:") and row["reference"] == "\nSee you."

@@ -264,3 +264,10 @@ def save(folder, model, tokenizer):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_json_lines(data, folder):
+    """FOLDER/SPLIT.jsonl for each split, which `datasets.load_dataset(FOLDER)` and TRL's command line read."""
+    for split, rows in data.items():
+        rows.to_json(f"{folder}/{split}.jsonl")
+    print(f"{folder}: {', '.join(f'{split} {len(rows)}' for split, rows in data.items())}")

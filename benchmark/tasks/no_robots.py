@@ -1,21 +1,31 @@
-"""No Robots (instructions with responses by people) as the scripts read it: python -m benchmark.tasks.no_robots
+"""No Robots (instructions with responses by people): python -m benchmark.tasks.no_robots
 
 Writes tasks/no-robots/data with the columns `query`, the conversation so far in plain text, and `reference`, the last
-answer. Needs `HuggingFaceH4/no_robots` on the Hub, or a folder with the same files.
+answer, as the scripts read it, and tasks/no-robots/sft, the same for TRL. Needs `HuggingFaceH4/no_robots` on the Hub,
+or a folder with the same files. After that, with --policy (the SFT policy), it writes tasks/no-robots/preferences: the
+person's answer is chosen over a sample of the policy. (What the paper's reward model was trained on is not public.)
 """
 
 from dataclasses import dataclass
 
 import tyro
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, load_dataset, load_from_disk
+
+from benchmark.tasks.common import write_json_lines
 
 
 @dataclass
 class Args:
     dataset: str = "HuggingFaceH4/no_robots"
     """Hub id, or a folder, with splits train and test and the column messages"""
-    output: str = "tasks/no-robots/data"
+    policy: str = ""
+    """SFT policy whose samples are the rejected responses; empty: no preferences are written"""
+    output: str = "tasks/no-robots"
     """folder to write"""
+    prompt_length: int = 512
+    """longer prompts get no preference, in tokens"""
+    response_length: int = 512
+    """longest sample, in tokens"""
 
 
 def row(record: dict) -> dict[str, str]:
@@ -25,12 +35,33 @@ def row(record: dict) -> dict[str, str]:
     return {"query": "".join(turns) + "### Assistant:", "reference": f"\n{last['content']}"}
 
 
+def preferences(data: DatasetDict, args: Args) -> DatasetDict:
+    """The person's answer over a sample of the policy, where the two differ."""
+    from vllm import LLM, SamplingParams
+
+    length = args.prompt_length + args.response_length
+    llm = LLM(args.policy, max_model_len=length, enforce_eager=True)
+    tokenizer = llm.get_tokenizer()
+    found = {}
+    for split, rows in data.items():
+        rows = rows.filter(lambda row: len(tokenizer(row["query"])["input_ids"]) <= args.prompt_length)
+        sampling = SamplingParams(temperature=0.7, max_tokens=args.response_length, seed=1)
+        outputs = llm.generate(rows["query"][:], sampling)
+        rows = rows.rename_columns({"query": "prompt", "reference": "chosen"})
+        rows = rows.add_column("rejected", [output.outputs[0].text for output in outputs])
+        found[split] = rows.filter(lambda row: row["chosen"].strip() != row["rejected"].strip())
+    return DatasetDict(found)
+
+
 def main(args: Args) -> None:
+    if args.policy:
+        write_json_lines(preferences(load_from_disk(f"{args.output}/data"), args), f"{args.output}/preferences")
+        return
     data = load_dataset(args.dataset)
     splits = {name: data[name] for name in ("train", "test")}
     data = DatasetDict({name: split.map(row, remove_columns=split.column_names) for name, split in splits.items()})
-    data.save_to_disk(args.output)
-    print(f"{args.output}: {', '.join(f'{name} {len(split)}' for name, split in data.items())}")
+    data.save_to_disk(f"{args.output}/data")
+    write_json_lines(data.rename_columns({"query": "prompt", "reference": "completion"}), f"{args.output}/sft")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""The commands at the paper's scale, on toy models of the same architectures and data with the same columns and names.
+
+A folder stands in for the Hub: names such as mnoukhov/pythia410m-sft-tldr are folders in it. From every experiment the
+first command of each script loads its data, makes one update and evaluates.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import tyro
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from benchmark import judge
+from benchmark.tasks import gsm8k, no_robots, tldr
+from tests.conftest import real_engine, run_main
+from tests.runs import HERE
+from tests.test_benchmark import EXPERIMENTS, SCRIPTS
+
+SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, initializer_range=0.1)
+ARCHITECTURES = {
+    "pythia": (GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, "<|endoftext|>", "<|padding|>"),
+    "llama": (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, "</s>", "<|finetune_right_pad_id|>"),
+}
+MODELS = {  # folder: architecture, and whether it is a policy
+    **{f"mnoukhov/pythia{size}-sft-tldr": ("pythia", True) for size in ("410m", "1b", "2.8b")},
+    **{f"mnoukhov/pythia{size}-rm-tldr6.9b": ("pythia", False) for size in ("410m", "2.8b")},
+    "cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr": ("pythia", False),
+    "realtreetune/rho-1b-sft-GSM8K": ("llama", True),
+    "EleutherAI/pythia-410m-deduped": ("pythia", True),
+    "meta-llama/Llama-3.1-8B": ("llama", True),
+}
+SMALL = dict(micro_batch_size=4, prompt_length=80, response_length=8, eval_prompts=4)
+
+
+def tokenizer(eos: str, pad: str) -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate([eos, pad, *letters])}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, pad_token=pad)
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return made
+
+
+def save(folder: str, architecture: str, policy: bool, seed: int) -> None:
+    config, causal, classifier, eos, pad = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    ids = dict(eos_token_id=0, pad_token_id=1, bos_token_id=None)
+    made = config(vocab_size=258, max_position_embeddings=4608, num_labels=1, tie_word_embeddings=False, **SHAPE, **ids)
+    (causal if policy else classifier)(made).save_pretrained(folder)
+    tokenizer(eos, pad).save_pretrained(folder)
+
+
+def write_json_lines(path: str, rows: list[dict]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The folder that stands in for the Hub; the data sets have the columns of the real ones."""
+    folder = str(tmp_path_factory.mktemp("hub"))
+    for i, (name, (architecture, policy)) in enumerate(MODELS.items()):
+        save(f"{folder}/{name}", architecture, policy, seed=i)
+
+    def post(i):
+        query = f"SUBREDDIT: r/a\n\nTITLE: {i}\n\nPOST: my {i} is lost.\n\nTL;DR:"
+        texts = dict(id=f"t3_{i}", subreddit="r/a", title=str(i), post=f"my {i} is lost.", summary=f"lost {i}")
+        return texts | dict(query=query, query_token=[1, 2], reference_response=f" lost {i}<|endoftext|>")
+
+    def pair(i):
+        query, _, answer = (post(i)[name] for name in ("query", "post", "reference_response"))
+        return dict(prompt=query, chosen=answer, rejected=" no<|endoftext|>", chosen_score=1.0, rejected_score=0.0)
+
+    def exercise(i):
+        return dict(question=f"What is {i} + {i}?", answer=f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}")
+
+    def talk(i):
+        messages = [dict(role="user", content=f"Name {i}."), dict(role="assistant", content=f"It is {i}.")]
+        return dict(prompt=f"Name {i}.", prompt_id=str(i), messages=messages, category="Open QA")
+
+    rows = DatasetDict({split: Dataset.from_list([post(i) for i in range(64)]) for split in ("train", "validation")})
+    rows.save_to_disk(f"{folder}/{tldr.Args.dataset}")
+    for path, row, held_out in (
+        ("raw/tldr", post, "validation"),
+        ("raw/pairs", pair, "validation"),
+        ("raw/gsm8k", exercise, "test"),
+        ("raw/no_robots", talk, "test"),
+    ):
+        for split in ("train", held_out):
+            write_json_lines(f"{folder}/{path}/{split}.jsonl", [row(i) for i in range(64)])
+    here = os.getcwd()
+    os.chdir(folder)
+    gsm8k.main(gsm8k.Args("raw/gsm8k", None, 8))
+    no_robots.main(no_robots.Args("raw/no_robots"))
+    tldr.main(tldr.Args("raw/tldr", "raw/pairs"))
+    os.chdir(here)
+    for name, policy in (("models/no_robots-sft", True), ("models/no_robots-reward", False)):
+        save(f"{folder}/{name}", "llama", policy, seed=1)
+    return folder
+
+
+def commands() -> dict[str, tuple]:
+    """From every experiment the first command of each script and algorithm: {id: (script, Args)}."""
+    found = {}
+    for name in EXPERIMENTS:
+        bash = ["bash", f"benchmark/{name}", "paper"]
+        lines = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True).stdout
+        for line in lines.splitlines():
+            script, *options = shlex.split(line)
+            args = tyro.cli(SCRIPTS[script].Args, args=options)
+            kind = (script, getattr(args, "algo", ""), getattr(args, "placement", ""))
+            found.setdefault("-".join([name, *filter(None, kind)]), (SCRIPTS[script], args))
+    return found
+
+
+COMMANDS = commands()
+
+
+@pytest.fixture(scope="module")
+def engines(hub):
+    """{architecture: a real engine}: each is started when the first command of its architecture comes."""
+    started = {}
+
+    def engine(model: str):
+        architecture = "pythia" if "pythia" in model else "llama"
+        if architecture not in started:
+            args = small(SCRIPTS["async_online_dpo.py"].Args(model=model))
+            started[architecture] = stack.enter_context(real_engine(args, f"{hub}/weights-{architecture}"))
+        return started[architecture]
+
+    with contextlib.ExitStack() as stack:
+        yield engine
+
+
+def small(args):
+    batch = 4 * args.samples_per_prompt
+    episodes = batch * args.num_mini_batches
+    return replace(args, **SMALL, batch_size=batch, total_episodes=episodes, save_every=0)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_paper_command_makes_one_update(name, hub, engines, tmp_path, monkeypatch):
+    monkeypatch.chdir(hub)
+    module, args = COMMANDS[name]
+    monkeypatch.setattr(judge, "compare", lambda *texts: 1.0)  # a judge that runs has a test of its own
+    folder = str(tmp_path / "run")
+    run_main(engines(args.model), module, replace(small(args), output_dir=folder))
+    with open(f"{folder}/metrics.jsonl") as f:
+        first, step, last = map(json.loads, f)
+    measure = "eval/win_rate" if args.gold else "eval/score"
+    assert (first["version"], step["step"], last["version"]) == (0, 0, 1) and measure in first and measure in last
+    assert all(math.isfinite(value) for value in step.values() if isinstance(value, float))
+
+
+def test_a_reference_that_brings_its_eos_is_judged_with_one(hub, engines, tmp_path, monkeypatch):
+    monkeypatch.chdir(hub)
+    module, args = COMMANDS["async_vs_sync.sh-async_online_dpo.py"]
+    rows = DatasetDict.load_from_disk(args.dataset)
+    cut = rows.map(lambda row: {"reference_response": row["reference_response"].removesuffix("<|endoftext|>")})
+    cut.save_to_disk(str(tmp_path / "cut"))
+    seen = []
+
+    def spy(*args):
+        reward = make_reward(*args)
+        return lambda prompts, responses, columns: seen.append(responses) or reward(prompts, responses, columns)
+
+    make_reward = module.make_reward
+    monkeypatch.setattr(module, "make_reward", spy)
+    for i, dataset in enumerate((args.dataset, str(tmp_path / "cut"))):
+        run_main(engines(args.model), module, replace(small(args), dataset=dataset, output_dir=str(tmp_path / str(i))))
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+@pytest.mark.parametrize("task", ["tldr", "no_robots"])
+def test_sft_and_reward_model(task, hub, tmp_path):
+    """The shell file as it is, but for the number of steps, the GPUs, and bfloat16."""
+    for name in ("benchmark", "tasks", "raw", "EleutherAI", "meta-llama"):
+        os.symlink(f"{HERE if name == 'benchmark' else hub}/{name}", tmp_path / name)
+    os.symlink(os.path.dirname(os.path.dirname(sys.executable)), tmp_path / ".venv")
+    base = {"tldr": "EleutherAI/pythia-410m-deduped", "no_robots": "meta-llama/Llama-3.1-8B"}[task]
+    fewer = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--use_cpu", "--bf16", "False"]
+    env = os.environ | {"LAUNCH": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = ["bash", "benchmark/sft_and_reward.sh", task, base, *fewer]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    with open(tmp_path / f"models/{task}-reward/config.json") as f:
+        config = json.load(f)
+    assert "SequenceClassification" in config["architectures"][0] and config["pad_token_id"] == 1
+    assert os.path.exists(tmp_path / f"models/{task}-sft/model.safetensors")
