@@ -1,7 +1,8 @@
 """A language model as the gold reward: --gold benchmark.judge:gold compares each response with the reference response.
 
-The judge is any server with OpenAI's API, such as `vllm serve MODEL`: JUDGE_URL (http://127.0.0.1:8000/v1), JUDGE_MODEL
-(the first that the server names), JUDGE_API_KEY (none). The win-rate of the evaluation is the share that it prefers.
+The judge is any server with OpenAI's API, such as `python -m vllm.entrypoints.openai.api_server --model MODEL`: JUDGE_URL
+(http://127.0.0.1:8000/v1), JUDGE_MODEL (the first that the server names), JUDGE_API_KEY (none). The win-rate of the
+evaluation is the share that it prefers.
 """
 
 import hashlib
@@ -33,7 +34,9 @@ def server() -> tuple[OpenAI, str]:
     try:
         return client, os.environ.get("JUDGE_MODEL") or client.models.list().data[0].id
     except Exception as error:
-        raise SystemExit(f"benchmark.judge: no judge at JUDGE_URL={url} ({error}): start `vllm serve`") from None
+        raise SystemExit(
+            f"benchmark.judge: no judge at JUDGE_URL={url} ({error}): start one, see benchmark/judge.py"
+        ) from None
 
 
 def compare(query: str, response: str, reference: str) -> float:

@@ -1,7 +1,7 @@
 """The commands at the paper's scale, on toy models of the same architectures and data with the same columns and names.
 
 A folder stands in for the Hub: names such as mnoukhov/pythia410m-sft-tldr are folders in it. From every experiment the
-first command of each script loads its data, makes one update and evaluates.
+first command of each script loads its data, makes one update and evaluates; the chatbot's judge is a real vLLM server.
 """
 
 import contextlib
@@ -9,14 +9,17 @@ import json
 import math
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 import tyro
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPTNeoXConfig,
@@ -60,13 +63,15 @@ def tokenizer(eos: str, pad: str) -> PreTrainedTokenizerFast:
     return made
 
 
-def save(folder: str, architecture: str, policy: bool, seed: int) -> None:
+def save(folder: str, architecture: str, policy: bool, seed: int) -> PreTrainedTokenizerFast:
     config, causal, classifier, eos, pad = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     ids = dict(eos_token_id=0, pad_token_id=1, bos_token_id=None)
     made = config(vocab_size=258, max_position_embeddings=4608, num_labels=1, tie_word_embeddings=False, **SHAPE, **ids)
     (causal if policy else classifier)(made).save_pretrained(folder)
-    tokenizer(eos, pad).save_pretrained(folder)
+    words = tokenizer(eos, pad)
+    words.save_pretrained(folder)
+    return words
 
 
 def write_json_lines(path: str, rows: list[dict]) -> None:
@@ -119,6 +124,60 @@ def hub(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a server whose model says A to everything: the last token of the prompt alone decides."""
+    folder = str(tmp_path_factory.mktemp("judge") / "always-a")
+    tokenizer = save(folder, "llama", policy=True, seed=0)
+    weights = load_file(f"{folder}/model.safetensors")
+    for name, weight in weights.items():
+        if "proj" in name:
+            weight.zero_()  # the hidden state is the embedding of the last token
+    weights["lm_head.weight"].zero_()
+    (dot,), (letter,) = tokenizer(".")["input_ids"], tokenizer("A")["input_ids"]
+    weights["lm_head.weight"][letter] = weights["model.embed_tokens.weight"][dot]
+    save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    server = "vllm.entrypoints.openai.api_server"  # `vllm serve`, which vLLM's CPU package does not bring
+    command = [
+        sys.executable,
+        "-m",
+        server,
+        "--model",
+        folder,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+    ]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with open(f"{folder}.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    yield f"http://127.0.0.1:{port}/v1", process, f"{folder}.log"
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture
+def judged(server, monkeypatch):
+    address, process, log = server
+    monkeypatch.setenv("JUDGE_URL", address)
+    deadline = time.monotonic() + 300
+    while True:
+        judge.server.cache_clear()
+        try:
+            judge.server()
+            return
+        except SystemExit:
+            assert process.poll() is None and time.monotonic() < deadline, open(log).read()[-3000:]
+            time.sleep(1)
+
+
 def commands() -> dict[str, tuple]:
     """From every experiment the first command of each script and algorithm: {id: (script, Args)}."""
     found = {}
@@ -159,10 +218,11 @@ def small(args):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_paper_command_makes_one_update(name, hub, engines, tmp_path, monkeypatch):
+def test_a_paper_command_makes_one_update(name, hub, engines, tmp_path, monkeypatch, request):
     monkeypatch.chdir(hub)
     module, args = COMMANDS[name]
-    monkeypatch.setattr(judge, "compare", lambda *texts: 1.0)  # a judge that runs has a test of its own
+    if args.gold == "benchmark.judge:gold":
+        request.getfixturevalue("judged")
     folder = str(tmp_path / "run")
     run_main(engines(args.model), module, replace(small(args), output_dir=folder))
     with open(f"{folder}/metrics.jsonl") as f:
@@ -207,3 +267,20 @@ def test_sft_and_reward_model(task, hub, tmp_path):
         config = json.load(f)
     assert "SequenceClassification" in config["architectures"][0] and config["pad_token_id"] == 1
     assert os.path.exists(tmp_path / f"models/{task}-sft/model.safetensors")
+
+
+def test_a_server_judges(judged):
+    """It always says A, so a response wins where it stood first, which a hash draws: about half of the time."""
+    n = 32
+    queries, responses, references = ([f"{word} {i}" for i in range(n)] for word in ("say", "mine", "yours"))
+    verdicts = judge.gold(queries, responses, references)
+    assert set(verdicts) == {0.0, 1.0} and 8 <= sum(verdicts) <= 24
+    assert judge.gold(queries, responses, references) == verdicts
+    assert judge.gold(["say"], ["the same"], [" the same"]) == [0.5]
+
+
+def test_without_a_server_one_line_says_so(monkeypatch):
+    monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:9/v1")
+    judge.server.cache_clear()
+    with pytest.raises(SystemExit, match="no judge at JUDGE_URL=http://127.0.0.1:9/v1 .* start one"):
+        judge.gold(["a"], ["b"], ["c"])
