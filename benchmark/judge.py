@@ -1,8 +1,8 @@
 """A language model as the gold reward: --gold benchmark.judge:gold compares each response with the reference response.
 
-The judge is any server with OpenAI's API, such as `python -m vllm.entrypoints.openai.api_server --model MODEL`: JUDGE_URL
-(http://127.0.0.1:8000/v1), JUDGE_MODEL (the first that the server names), JUDGE_API_KEY (none). The win-rate of the
-evaluation is the share that it prefers.
+The judge is any server with OpenAI's API, such as `python -m vllm.entrypoints.openai.api_server --model MODEL`. It is
+told by JUDGE_URL (http://127.0.0.1:8000/v1), JUDGE_MODEL (the first that the server names) and JUDGE_API_KEY (none).
+The win-rate of the evaluation is the share of prompts where it prefers the response.
 """
 
 import hashlib

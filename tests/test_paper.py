@@ -140,21 +140,8 @@ def server(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    server = "vllm.entrypoints.openai.api_server"  # `vllm serve`, which vLLM's CPU package does not bring
-    command = [
-        sys.executable,
-        "-m",
-        server,
-        "--model",
-        folder,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "--enforce-eager",
-        "--max-model-len",
-        "1024",
-    ]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--max-model-len", "1024"]
+    command = [*server, "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(f"{folder}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
