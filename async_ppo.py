@@ -1631,26 +1631,28 @@ class Run:
         self.bar.close()
         self.trace.save(os.path.join(self.folder, "trace.json"))
         timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] is not None]
-        names = ("generate", "load", "generator_wait", "snapshot", "label", "learn", "wait", "step")
-        median = {n: float(np.median([s[f"time/{n}"] for s in timed])) if timed else float("nan") for n in names}
-        generation = median["generate"] + median["load"]
-        learning = median["snapshot"] + median["label"] + median["learn"]
-        total, step = generation + learning, median["step"]  # total: what the same two would take in turn
-        ideal = max(generation, learning) if self.args.max_staleness else total
-        self.write("summary.json", {
-            "evals": self.evals, "timed_steps": len(timed), "seconds": median, "generation": generation,
-            "learning": learning, "step": step, "ideal_step": ideal, "overlap": ideal / step,
-            "overlap_ratio_ideal": total / ideal, "overlap_ratio": total / step,
-        })
-        parts = {name: f"{seconds:.2f}" for name, seconds in median.items()}
-        print(f"\nMedians of {len(timed)} steps without evaluation, in seconds\n"
-              f"  generation G      {generation:7.2f}   of it loading weights {parts['load']}\n"
-              f"  learning L        {learning:7.2f}   snapshot {parts['snapshot']}, label {parts['label']}, "
-              f"learn {parts['learn']}\n"
-              f"  waiting                     generator {parts['generator_wait']}, learner {parts['wait']}\n"
-              f"  step              {step:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} {ideal:.2f}, "
-              f"reached {ideal / step:.0%}\n"
-              f"  (G + L) / step    {total / step:7.2f}   ideal {total / ideal:.2f}: the speed-up over both in turn")
+        summary = {"evals": self.evals, "timed_steps": len(timed)}
+        if timed:
+            names = ("generate", "load", "generator_wait", "snapshot", "label", "learn", "wait", "step")
+            median = {name: float(np.median([s[f"time/{name}"] for s in timed])) for name in names}
+            generation = median["generate"] + median["load"]
+            learning = median["snapshot"] + median["label"] + median["learn"]
+            total, step = generation + learning, median["step"]  # total: what the same two would take in turn
+            ideal = max(generation, learning) if self.args.max_staleness else total
+            summary |= {
+                "seconds": median, "generation": generation, "learning": learning, "step": step, "ideal_step": ideal,
+                "overlap": ideal / step, "overlap_ratio_ideal": total / ideal, "overlap_ratio": total / step,
+            }
+            parts = {name: f"{seconds:.2f}" for name, seconds in median.items()}
+            print(f"\nMedians of {len(timed)} steps without evaluation, in seconds\n"
+                  f"  generation G      {generation:7.2f}   of it loading weights {parts['load']}\n"
+                  f"  learning L        {learning:7.2f}   snapshot {parts['snapshot']}, label {parts['label']}, "
+                  f"learn {parts['learn']}\n"
+                  f"  waiting                     generator {parts['generator_wait']}, learner {parts['wait']}\n"
+                  f"  step              {step:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} {ideal:.2f}, "
+                  f"reached {ideal / step:.0%}\n"
+                  f"  (G + L) / step    {total / step:7.2f}   ideal {total / ideal:.2f}: speed-up over both in turn")
+        self.write("summary.json", summary)
         for record in [self.evals[0], self.evals[-1]] if self.evals else []:
             values = ", ".join(f"{name} {value:.3f}" for name, value in record.items() if name != "version")
             print(f"Evaluation of version {record['version']}: {values}")

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Over-optimisation on tldr-tiny: at a high learning rate the proxy reward keeps rising while the gold win-rate falls.
+# Long runs at a high learning rate: the proxy reward keeps rising while the gold win-rate falls. Gold and proxy against KL.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-[ -e tasks/tldr-tiny/info.json ] || .venv/bin/python -m benchmark.tasks.tldr_tiny
-for seed in ${SEEDS:-1 2 3}; do
-    .venv/bin/python async_online_dpo.py --seed "$seed" --learning-rate 3e-4 --total-episodes 19200 \
-        --eval-split test --eval-every 15 --eval-prompts 1024 "$@"
+. "$(dirname "$0")/scales.sh"
+case $scale in
+tiny) flags+=(--learning-rate 3e-4 --total-episodes 19200 --eval-every 15) ;;
+paper) flags+=(--learning-rate 1e-5 --total-episodes 524160) ;;
+esac
+for algo in online_dpo rloo ppo; do
+    run overoptimisation async_$algo.py
 done
+[ -n "${DRY:-}" ] || $python -m benchmark.plot overoptimisation

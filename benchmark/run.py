@@ -74,7 +74,8 @@ def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, loc
     try:
         while running or waiting:
             if waiting and len(running) < jobs:
-                running[waiting[0][2]] = start(*waiting.pop(0), jobs, lock)
+                point = waiting.pop(0)
+                running[point[2]] = start(*point, jobs, lock)
             time.sleep(0.2)
             for folder, process in list(running.items()):
                 if process.poll() is None:
@@ -97,18 +98,18 @@ def rows(folder: Path) -> list[dict]:
     """A line for each evaluation of a finished run."""
     config = json.loads((folder / "config.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    step = json.loads((folder / "summary.json").read_text())["step"]
+    step = json.loads((folder / "summary.json").read_text()).get("step")  # a run of one batch or two has none
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS}
-    where = {"step_seconds": round(step, 4), "command": config["command"].split(" --output-dir")[0]}
+    where = {"step_seconds": step and round(step, 4), "command": config["command"].split(" --output-dir")[0]}
     where["jobs"] = Path(f"{folder}.log").read_text().partition("\n")[0].removeprefix("JOBS=")
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
     for record in records:
         if "step" in record:
             steps.append(record)
-            episodes, seconds = record["episodes"], seconds + (record["time/step"] or step)
+            episodes, seconds = record["episodes"], seconds + (record["time/step"] or step or 0.0)
             continue
         values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
         values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}

@@ -1,5 +1,6 @@
 """The experiments of benchmark/: every command of every scale parses; the harness runs, skips, resumes and fails."""
 
+import csv
 import glob
 import json
 import os
@@ -61,17 +62,20 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     given = flags(task, eval_every=2, eval_prompts=16, save_every=2, total_episodes=128)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     script = os.path.join(HERE, "async_online_dpo.py")
-    run.main("lag", script, *options)
-    assert len((tmp_path / "benchmark/results/lag.csv").read_text().splitlines()) == 1 + 3
+    monkeypatch.setenv("JOBS", "2")
+    run.main("lag", script, *options, "--seed=1,2")
+    with open("benchmark/results/lag.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert [(row["seed"], row["jobs"]) for row in rows] == [("1", "2")] * 3 + [("2", "2")] * 3
     plot.draw("lag")
     plot.table("lag")
     assert "win_rate" in (tmp_path / "benchmark/figures/lag.md").read_text()
 
-    run.main("lag", script, *options)
-    assert capsys.readouterr().out.count("--output-dir") == 1
-    (folder,) = (path for path in (tmp_path / "runs/lag").iterdir() if path.is_dir())
+    run.main("lag", script, *options, "--seed=1,2")
+    assert capsys.readouterr().out.count("--output-dir") == 2
+    folder = next(path for path in (tmp_path / "runs/lag").iterdir() if path.is_dir())
     os.remove(folder / "summary.json")
-    run.main("lag", script, *options)
+    run.main("lag", script, *options, "--seed=1,2")
     assert "--resume" in capsys.readouterr().out and json.loads((folder / "summary.json").read_text())
     with pytest.raises(SystemExit, match="failed with status"):
         run.main("lag", script, *options, "--max-staleness=-1")
