@@ -1,12 +1,14 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
-From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and NAME.md. Lines and
+From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and NAME.md; the tables
+also go into benchmark/README.md, between <!-- NAME --> and <!-- end -->. Lines and
 bands are the mean over seeds and its 95 % bootstrap interval. Of three seeds that is their range, which is too narrow:
 each extreme is drawn three times in a row with probability 1/27.
 """
 
 import contextlib
 import csv
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +26,7 @@ LABELS |= {"num_epochs": "T: epochs per batch", "samples_per_prompt": "K: sample
 LABELS |= {"episodes": "completions", "effective_sample_size": "effective sample size"}
 DIALS = ("max_staleness", "num_mini_batches", "num_epochs", "samples_per_prompt")
 FIGURES = {  # panels (x, y), and what the lines are. Where a dial varies, points are last evaluations, else all of them
-    "async_vs_sync": ([("episodes", "win_rate"), ("seconds", "win_rate")], ("algorithm", "way", "model")),
+    "async_vs_sync": ([("episodes", "win_rate"), ("seconds", "win_rate")], ("model", "way")),
     "off_policyness": (
         [("num_mini_batches", "win_rate"), ("num_mini_batches", "kl"), ("kl", "win_rate")],
         ("lr_schedule", "learning_rate"),
@@ -35,7 +37,9 @@ FIGURES = {  # panels (x, y), and what the lines are. Where a dial varies, point
     "samples": ([("samples_per_prompt", "win_rate"), ("samples_per_prompt", "kl")], ("algorithm",)),
     "lag": ([("max_staleness", "win_rate"), ("max_staleness", "kl")], ("loss", "learning_rate")),
     "math": ([("episodes", "score"), ("seconds", "score")], ("algorithm", "way")),
+    "overoptimisation": ([("kl", "win_rate"), ("kl", "score"), ("kl", "gold_score")], ("algorithm",)),
 }
+COLUMNS = ("async_vs_sync", "losses", "lag")  # these have a column of panels for each algorithm
 
 
 def read(name: str) -> list[dict]:
@@ -82,48 +86,91 @@ def last(rows: list[dict]) -> list[dict]:
     return [run[-1] for run in groups(rows, ("command",)).values()]
 
 
+def line(axis, rows: list[dict], x: str, y: str, label: str | None) -> None:
+    """One line with its band: against a dial the last evaluation of each run, else all evaluations."""
+    dials = varying(rows, DIALS)
+    if x in DIALS or dials:
+        points = groups(sorted(last(rows), key=lambda row: [row[dial] for dial in dials]), dials)
+    else:
+        points = groups(rows, ("version",))
+    found = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
+    where, middle, low, high = np.array(found).T
+    axis.plot(where, middle, marker="o", markersize=3, label=label)
+    axis.fill_between(where, low, high, alpha=0.15)
+
+
 def draw(name: str) -> None:
     panels, keys = FIGURES[name]
     rows = read(name)
     keys = varying(rows, keys)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained")
-    for axis, (x, y) in zip(axes, panels):
+    columns = groups(rows, ("algorithm",)) if name in COLUMNS else {(): rows}
+    if name in COLUMNS:  # a row of axes for each panel
+        places = [(panel, part, title) for panel in panels for title, part in columns.items()]
+        shape = len(panels), len(columns)
+    else:
+        places = [(panel, rows, ()) for panel in panels]
+        shape = 1, len(panels)
+    size = (5.2 * shape[1], 4 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for axis, ((x, y), part, title) in zip(axes.flat, places):
         axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
-        for key, group in groups(rows, keys).items():
-            dials = varying(group, DIALS)
-            if x in DIALS or dials:
-                points = groups(sorted(last(group), key=lambda row: [row[d] for d in dials]), dials)
-            else:
-                points = groups(group, ("version",))
-            line = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
-            where, middle, low, high = np.array(line).T
-            axis.plot(where, middle, marker="o", markersize=3, label=", ".join(text(value) for value in key) or None)
-            axis.fill_between(where, low, high, alpha=0.15)
-        axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+        for key, group in groups(part, keys).items():
+            line(axis, group, x, y, ", ".join(text(value) for value in key) or None)
+        axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y), title=", ".join(title))
         if x in DIALS and max(row[x] for row in rows) > 4:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
-    if keys:
-        axes[-1].legend(fontsize=7, title=", ".join(keys), title_fontsize=7)
-    figure.savefig(f"benchmark/figures/{name}.png", dpi=110)
+        if keys and (name in COLUMNS or axis is axes.flat[-1]):
+            axis.legend(fontsize=7, title=", ".join(keys), title_fontsize=7)
+    figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
     plt.close(figure)
 
 
-def table(name: str) -> None:
-    """A line for each group and value of the dials: last evaluation, mean [95 % interval], number of runs."""
-    panels, keys = FIGURES[name]
+def table(name: str) -> str:
+    """Last evaluations, mean [95 % interval] over seeds: a line for each group, a column for each value of a dial."""
     rows = read(name)
-    keys = (*varying(rows, keys), *varying(rows, DIALS))
-    measures = ["win_rate", "score", "kl", "perplexity"] + ["step_seconds"] * ("way" in keys)
-    measures = [measure for measure in measures if rows[0].get(measure) not in (None, "")]
-    lines = [f"| {' | '.join([*keys, *measures, 'runs'])} |", "|" + " --- |" * (len(keys) + len(measures) + 1)]
-    for key, group in sorted(groups(last(rows), keys).items(), key=lambda item: item[0]):
-        cells = [text(value) for value in key]
-        cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*interval([row[m] for row in group])) for m in measures]
-        lines.append(f"| {' | '.join(cells)} | {len(group)} |")
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    lines += ["", f"Last evaluations; mean [95 % bootstrap interval]. `bash benchmark/{name}.sh`, commit {commits}."]
-    Path(f"benchmark/figures/{name}.md").write_text("\n".join(lines) + "\n")
+    keys, dials = varying(rows, FIGURES[name][1]), varying(rows, DIALS)
+    if name in COLUMNS and "loss" not in keys:
+        keys = ("algorithm", *keys)
+    measures = [m for m in ("win_rate", "score", "kl", "perplexity") if isinstance(rows[0].get(m), float)]
+    if "way" in keys:
+        measures.append("step_seconds")
+    lines = []
+    if len(dials) == 1:
+        values = sorted({row[dials[0]] for row in rows})
+        for measure in measures[:1] + ["kl"]:
+            head = [*keys, *(f"{dials[0].replace('_', ' ')} {value:g}" for value in values)]
+            lines += ["", f"{LABELS.get(measure, measure)}:", "", *markdown_head(head)]
+            for key, group in sorted(groups(last(rows), keys).items()):
+                parts = groups(group, dials)
+                cells = [brief([row[measure] for row in parts[(v,)]]) if (v,) in parts else "" for v in values]
+                lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
+    else:
+        lines += ["", *markdown_head([*keys, *dials, *measures, "runs"])]
+        for key, group in sorted(groups(last(rows), keys + dials).items()):
+            cells = [brief([row[measure] for row in group]) for measure in measures]
+            lines.append(f"| {' | '.join([*map(text, key), *cells, str(len(group))])} |")
+    seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
+    told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}."
+    return "\n".join([*lines, "", f"{told} `bash benchmark/{name}.sh`, commit {', '.join(commits)}.", ""])
+
+
+def markdown_head(names: list[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+
+
+def brief(values: list[float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval(values))
+
+
+def include(page: Path) -> None:
+    """Put every table into the page, between <!-- NAME --> and <!-- end -->."""
+    found = page.read_text()
+    for name in FIGURES:
+        if Path(f"benchmark/figures/{name}.md").exists():
+            new = f"<!-- {name} -->\n{Path(f'benchmark/figures/{name}.md').read_text()}<!-- end -->"
+            found = re.sub(f"<!-- {name} -->\n.*?<!-- end -->", lambda _, new=new: new, found, flags=re.DOTALL)
+    page.write_text(found)
 
 
 def weights() -> None:
@@ -149,5 +196,6 @@ if __name__ == "__main__":
         if name not in FIGURES or not Path(f"benchmark/results/{name}.csv").exists():
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(FIGURES)}")
         draw(name)
-        table(name)
+        Path(f"benchmark/figures/{name}.md").write_text(table(name))
         print(f"benchmark/figures/{name}.png and .md")
+    include(Path("benchmark/README.md"))

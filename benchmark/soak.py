@@ -3,7 +3,7 @@
 One run undisturbed and, beside it, the same with a fault every minute or two: the run killed (SIGKILL) or asked to end
 (SIGTERM) and resumed, its last checkpoint altered (which must be refused) and deleted, the engine killed or stopped for
 some seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes is recorded,
-and no process and no folder in /dev/shm may be left. The result goes to benchmark/results/soak.json.
+and no process and no folder in /dev/shm may be left. The result is added to benchmark/results/soak.json.
 """
 
 import contextlib
@@ -150,7 +150,8 @@ def main(args: Args) -> None:
         memory = watched.result()
     (records, weights), (others, other_weights) = results(one), results(other)
     equal = records == others and all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
-    shared = [name for name in os.listdir("/dev/shm") if re.match(r"async-rlhf-\d+-", name)]
+    folders = {name: re.match(r"async-rlhf-(\d+)-", name) for name in os.listdir("/dev/shm")}
+    shared = [name for name, of in folders.items() if of and not os.path.exists(f"/proc/{of[1]}")]  # without a process
     processes = subprocess.run(["ps", "-A", "-o", "ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     left = [line for line in processes if "EngineCore" in line and line.split()[0] == "1"]  # without a parent
     settled = memory[len(memory) // 10 :]  # after the start
@@ -163,7 +164,7 @@ def main(args: Args) -> None:
         "growth_of_resident_memory_mib": grown, "growth_kib_per_batch": per_batch,
         "memory_mib": settled[:: max(1, len(settled) // 40)],
     }  # fmt: skip
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps([*json.loads(RESULTS.read_text()), found], indent=1) + "\n")
     print(json.dumps({name: value for name, value in found.items() if name != "memory_mib"}, indent=1))
     if not equal or shared or left:
         raise SystemExit("the disturbed run is not as the undisturbed one, or something was left")
