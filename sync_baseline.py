@@ -880,7 +880,7 @@ def main(args: Args) -> None:
     check_algorithm(args)
     plan = device_plan(args, split=args.placement == "split")
     start_learner(args, plan)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args)
     train_data, eval_data = (load_prompts(args, split, tokenizer) for split in (args.train_split, args.eval_split))
     check_data(args, train_data, eval_data, tokenizer)
     eval_rows = range(min(args.eval_prompts, len(eval_data)) // plan.world * plan.world)
@@ -1023,6 +1023,15 @@ def start_learner(args: Args, plan: DevicePlan) -> None:
         dist.init_process_group(timeout=timedelta(seconds=2 * args.timeout))
         if 1 < len(plan.served) < plan.world:  # several hosts
             plan.group, _ = dist.new_subgroups(len(plan.served), timeout=timedelta(seconds=2 * args.timeout))
+
+
+def load_tokenizer(args: Args):
+    """The policy's. One without a pad token of its own (Llama's) pads with its unknown token."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    eos, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
+    if tokenizer.pad_token_id in (None, eos) and unknown not in (None, eos):
+        tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer
 
 
 def load_policy(args: Args):
@@ -1194,6 +1203,7 @@ def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Calla
 
     options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
     model = AutoModelForSequenceClassification.from_pretrained(spec, **options).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id  # rows are padded here, whatever it was trained with
     model = shard(model.requires_grad_(False), args, device)
 
     @torch.no_grad()
@@ -1383,10 +1393,11 @@ def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> No
     for name in ("reward", "gold", "value_model"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name, "")
         if value and not is_function(value):
-            if AutoTokenizer.from_pretrained(value, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
+            judge = AutoTokenizer.from_pretrained(value, trust_remote_code=False)
+            pads = tokenizer.pad_token, judge.pad_token
+            words, its = ({k: v for k, v in t.get_vocab().items() if k not in pads} for t in (tokenizer, judge))
+            if words != its or tokenizer.pad_token_id >= AutoConfig.from_pretrained(value).vocab_size:
                 stop(f"{flag} {value} has another vocabulary than the policy: it must read the policy's tokens")
-            if AutoConfig.from_pretrained(value).pad_token_id != tokenizer.pad_token_id:
-                stop(f"{flag} {value}: pad_token_id in its config.json must be {tokenizer.pad_token_id}")
 
 
 def shared_memory_folder() -> tempfile.TemporaryDirectory:

@@ -4,8 +4,9 @@
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 prepare_sizes
-flags+=(--seed 1,2,3,4,5)
+SEEDS=${SEEDS:-1,2,3,4,5}
 for model in "${sizes[@]}"; do
+    [[ $model != *2.8b* ]] || flags+=(--micro-batch-size 4)
     for algo in online_dpo rloo ppo; do
         run async_vs_sync async_$algo.py --model "$model"
         run async_vs_sync sync_baseline.py --algo $algo --model "$model"

@@ -8,20 +8,19 @@ tiny)
     flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward --gold ""
         --samples-per-prompt 4 --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
         --prompt-length 64 --response-length 48)
-    rloo=() ppo=()
     ;;
-paper)
+paper) # ours: sizes that divide among 3 and 4 learners, PPO's number of updates, an unfinished response counts as wrong
     [ -n "${DRY:-}" ] || [ -e tasks/gsm8k/data ] || $python -m benchmark.tasks.gsm8k
     flags+=(--model realtreetune/rho-1b-sft-GSM8K --dataset tasks/gsm8k/data --reward benchmark.tasks.gsm8k:reward --gold ""
-        --reference-column reference --eval-split test --eval-prompts 1318 --missing-eos-score 0 --response-length 512
+        --reference-column reference --eval-split test --eval-prompts 1308 --missing-eos-score 0 --response-length 512
         --samples-per-prompt 4 --batch-size 1008 --total-episodes 516096)
-    rloo=(--kl-coef 0.05) ppo=(--samples-per-prompt 8 --batch-size 2016 --num-epochs 2)
+    dpo=() rloo=(--kl-coef 0.05 --batch-size 240)
+    ppo=(--samples-per-prompt 8 --batch-size 288 --total-episodes 131328 --num-epochs 2)
     ;;
 esac
-for words in "online_dpo" "rloo ${rloo[*]}" "ppo ${ppo[*]}"; do
-    read -ra words <<<"$words"
-    run math "async_${words[0]}.py" "${words[@]:1}"
-    run math sync_baseline.py --algo "${words[0]}" "${words[@]:1}"
-    colocate math --algo "${words[0]}" "${words[@]:1}"
+for algo in online_dpo rloo ppo; do
+    run math async_$algo.py
+    run math sync_baseline.py --algo $algo
+    colocate math --algo $algo
 done
 [ -n "${DRY:-}" ] || $python -m benchmark.plot math

@@ -3,7 +3,10 @@
 # curve of win-rate against KL. Both learning-rate schedules: per_batch is the paper's. At N = 64 tiny is one batch: offline.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
-[ "$scale" = paper ] || flags+=(--batch-size 64 --total-episodes 4096 --eval-every 1000)
+case $scale in
+tiny) flags+=(--batch-size 64 --total-episodes 4096 --eval-every 1000) ;;
+paper) more=(--save-every 4) ;; # batches: N = 64 has 4
+esac
 for n in 1 2 4 8 16 32 64; do
     run off_policyness sync_baseline.py --algo ppo --num-mini-batches $n --lr-schedule per_batch,per_update
 done

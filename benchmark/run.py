@@ -3,10 +3,10 @@
     python -m benchmark.run lag async_rloo.py --max-staleness 0,1,2,4 --rloo-loss proximal,vanilla --seed 1,2,3
 
 Values with commas span the grid; the last flag changes fastest. A run is kept in runs/NAME/, in a folder named after
-what varies and a hash of all flags. Finished ones are skipped, others go on from their last checkpoint or begin anew; a
-run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all that are
-there: a line an evaluation. LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1 the
-commands are only printed. JOBS=2 runs two at a time: the results are the same to the last bit, the times are not.
+what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
+anew; a run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all
+that are there: a line an evaluation. LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1
+the commands are only printed. JOBS=2 runs two at a time: the same results to the last bit, but not the same times.
 """
 
 import csv
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,9 +49,10 @@ def grid(options: list[str]) -> list[list[str]]:
 
 
 def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Path:
-    """runs/NAME/<script>-<what varies>-<hash of all>."""
+    """runs/NAME/<script>-<what varies>-<hash of the command>."""
     shown = [Path(script).stem] + [flag[2:] for flag in flags if flag.split("=")[0] in varied]
-    digest = hashlib.sha256("\0".join([script, *flags]).encode()).hexdigest()[:8]
+    launch = shlex.split(os.environ.get("LAUNCH") or "")
+    digest = hashlib.sha256("\0".join([*launch, script, *flags]).encode()).hexdigest()[:8]
     new = Path("runs", name, "-".join([*(re.sub(r"[^\w.=-]", "_", part) for part in shown), digest]))
     return next((path for path in Path("runs", name).glob(f"*-{digest}") if path.is_dir()), new)
 
@@ -62,7 +64,7 @@ def start(script: str, flags: list[str], folder: Path, jobs: int, lock: int) -> 
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "w") as log:
+    with open(f"{folder}.log", "a") as log:
         print(f"JOBS={jobs}", file=log, flush=True)
         own = dict(start_new_session=True, pass_fds=[lock])  # signals come from here; the lock lasts as long as the run
         return subprocess.Popen(command, stdout=log, stderr=log, **own)
@@ -84,6 +86,7 @@ def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, loc
                 if process.returncode:
                     output = Path(f"{folder}.log").read_text()[-3000:]
                     raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes each, and of no more use
                 write_table(name)
     except KeyboardInterrupt:
         raise SystemExit("benchmark.run: ended; the same command goes on where this one stopped") from None
@@ -103,7 +106,7 @@ def rows(folder: Path) -> list[dict]:
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS}
     where = {"step_seconds": step and round(step, 4), "command": config["command"].split(" --output-dir")[0]}
-    where["jobs"] = Path(f"{folder}.log").read_text().partition("\n")[0].removeprefix("JOBS=")
+    where["jobs"] = re.findall(r"^JOBS=(\d+)$", Path(f"{folder}.log").read_text(), re.MULTILINE)[-1]
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
     for record in records:
@@ -139,7 +142,11 @@ def main(name: str, script: str, *options: str) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     Path("runs").mkdir(exist_ok=True)
     with open("runs/.lock", "w") as lock:  # one grid at a time
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("benchmark.run: waiting for another grid in this folder", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         runs = [(script, flags, folder_of(name, script, flags, varied)) for flags in points]
         run_all(name, runs, int(os.environ.get("JOBS") or 1), lock.fileno())
         write_table(name)

@@ -1,25 +1,32 @@
 # Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download) or paper (TL;DR,
-# 4 GPUs: three learn and one generates, hence 504 completions an update, not 512). Sets `scale`, `sizes` of the policy,
-# and `flags` that all runs of an experiment share; what a run names itself comes after them and wins.
+# 4 GPUs: three learn, or LEARNERS, and one generates). Sets `scale`, `sizes` of the policy, `flags` that all runs of an
+# experiment share, `dpo`, `rloo` and `ppo` for runs of these; what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scale=${1:-tiny} python=.venv/bin/python
+scale=${1:-tiny} python=.venv/bin/python dpo=() rloo=() ppo=() more=()
 case $scale in
 tiny)
     [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/info.json ] || $python -m benchmark.tasks.tldr_tiny
     sizes=(tasks/tldr-tiny/sft-s tasks/tldr-tiny/sft-m tasks/tldr-tiny/sft-l)
     other_reward=tasks/tldr-tiny/rm-s double=256
-    flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 512 --seed 1,2,3)
+    flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 512)
     ;;
 paper)
     tldr=vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144
     sizes=(mnoukhov/pythia410m-sft-tldr mnoukhov/pythia1b-sft-tldr mnoukhov/pythia2.8b-sft-tldr)
-    other_reward=mnoukhov/pythia2.8b-rm-tldr6.9b double=1008
-    export LAUNCH=${LAUNCH:-.venv/bin/torchrun --nproc_per_node 3}
+    other_reward=mnoukhov/pythia1b-rm-tldr6.9b,mnoukhov/pythia2.8b-rm-tldr6.9b double=2016
+    # The paper's but for: 504 and 1,008 completions an update instead of 512 and 1,024; responses of 128 tokens (its table; its
+    # configurations train with 53); the 410m reward model for every size of the policy.
     flags=(--dataset "$tldr" --query-column query --reference-column reference_response --eval-split validation
         --model mnoukhov/pythia410m-sft-tldr --reward mnoukhov/pythia410m-rm-tldr6.9b
         --gold cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr
-        --total-episodes 131072 --batch-size 504 --micro-batch-size 16 --prompt-length 512 --response-length 128
-        --temperature 0.7 --learning-rate 3e-6 --eval-every 64 --eval-prompts 6000 --save-every 64 --seed 1,2,3)
+        --total-episodes 129024 --batch-size 504 --micro-batch-size 8 --prompt-length 512 --response-length 128
+        --temperature 0.7 --learning-rate 3e-6 --eval-every 64 --eval-prompts 6444 --gpu-memory-utilization 0.9)
+    dpo=(--total-episodes 258048 --batch-size 1008) # 504 pairs
+    ppo=(--samples-per-prompt 1)
+    more=(--save-every 64)
+    learners=${LEARNERS:-3}
+    export LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node $learners"
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds to write a checkpoint after a signal
     ;;
 *)
     echo "$0: the scale is tiny or paper, not $scale" >&2
@@ -30,7 +37,13 @@ prepare_sizes() {  # of the policy and the reward model, 12 minutes
     [ "$scale" = paper ] || [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/rm-s ] ||
         $python -m benchmark.tasks.tldr_tiny --sizes s m l --reward-sizes s m
 }
-colocate() {  # run NAME with the synchronous baseline, placement colocate: at paper scale all four GPUs learn
-    LAUNCH=${LAUNCH:+${LAUNCH/nproc_per_node 3/nproc_per_node 4}} run "$1" sync_baseline.py --placement colocate "${@:2}"
+run() { # run NAME SCRIPT --flag value[,value...] ...
+    local own=()
+    case "${*:2}" in *online_dpo*) own=("${dpo[@]}") ;; *rloo*) own=("${rloo[@]}") ;; *ppo*) own=("${ppo[@]}") ;; esac
+    $python -m benchmark.run "$1" "$2" "${flags[@]}" "${own[@]}" "${more[@]}" --seed "${SEEDS:-1,2,3}" "${@:3}"
 }
-run() { $python -m benchmark.run "$1" "$2" "${flags[@]}" "${@:3}"; }  # run NAME SCRIPT --flag value[,value...] ...
+colocate() { # run NAME with the synchronous baseline, placement colocate: at paper scale all GPUs learn
+    local shared=()
+    [ "$scale" = tiny ] || shared=(--gpu-memory-utilization 0.3)
+    LAUNCH=${LAUNCH:+${LAUNCH% *} $((learners + 1))} run "$1" sync_baseline.py --placement colocate "${shared[@]}" "${@:2}"
+}

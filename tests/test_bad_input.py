@@ -65,7 +65,6 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(reward="{}/policy"), "--reward {}/policy is a LlamaForCausalLM with"),
     (DPO, dict(reward="{}/two-labels"), "with 2 labels: it must be a sequence-classification model with one"),
     (DPO, dict(reward="{}/other-words"), "--reward {}/other-words has another vocabulary than the policy"),
-    (DPO, dict(reward="{}/no-pad"), "--reward {}/no-pad: pad_token_id in its config.json must be 0"),
     (DPO, dict(reward="nowhere:reward"), "--reward nowhere:reward does not import: No module named 'nowhere'"),
     (DPO, dict(reward="tests.tiny:rewrd"), "module 'tests.tiny' has no attribute 'rewrd'"),
     (DPO, dict(reward="tests.tiny:WORDS"), "--reward tests.tiny:WORDS is no function"),
@@ -92,10 +91,10 @@ def task(tmp_path_factory):
     """The tiny task, and beside it things that are wrong."""
     folder = tiny.make(str(tmp_path_factory.mktemp("tiny")))
     os.mkdir(f"{folder}/empty")
-    for name, tokens in {"no-eos": dict(eos_token=None), "pad-is-eos": dict(pad_token="<eos>")}.items():
+    for name, tokens in {"no-eos": dict(eos_token=None), "pad-is-eos": dict(pad_token="<eos>", unk_token=None)}.items():
         shutil.copytree(f"{folder}/policy", f"{folder}/{name}")
         AutoTokenizer.from_pretrained(f"{folder}/policy", **tokens).save_pretrained(f"{folder}/{name}")
-    wrong = {"two-labels": dict(num_labels=2), "no-pad": dict(pad_token_id=None), "other-words": {}}
+    wrong = {"two-labels": dict(num_labels=2), "other-words": {}}
     for name, changes in wrong.items():
         shutil.copytree(f"{folder}/rm", f"{folder}/{name}")
         config = AutoConfig.from_pretrained(f"{folder}/rm")

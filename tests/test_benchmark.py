@@ -36,7 +36,8 @@ def test_every_command_of_an_experiment_parses(name, scale):
             continue
         args = tyro.cli(SCRIPTS[script].Args, args=options)
         SCRIPTS[script].check_algorithm(args)
-        learners = 3 if scale == "paper" else 1
+        learners = (7 if name == "chatbot.sh" else 3) if scale == "paper" else 1
+        learners += scale == "paper" and getattr(args, "placement", "") == "colocate"
         assert args.num_batches > 0 and args.batch_size % (args.samples_per_prompt * learners) == 0
 
 

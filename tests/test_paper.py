@@ -22,6 +22,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GPTNeoXForSequenceClassification,
@@ -44,7 +45,7 @@ ARCHITECTURES = {
 }
 MODELS = {  # folder: architecture, and whether it is a policy
     **{f"mnoukhov/pythia{size}-sft-tldr": ("pythia", True) for size in ("410m", "1b", "2.8b")},
-    **{f"mnoukhov/pythia{size}-rm-tldr6.9b": ("pythia", False) for size in ("410m", "2.8b")},
+    **{f"mnoukhov/pythia{size}-rm-tldr6.9b": ("pythia", False) for size in ("410m", "1b", "2.8b")},
     "cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr": ("pythia", False),
     "realtreetune/rho-1b-sft-GSM8K": ("llama", True),
     "EleutherAI/pythia-410m-deduped": ("pythia", True),
@@ -74,6 +75,20 @@ def save(folder: str, architecture: str, policy: bool, seed: int) -> PreTrainedT
     return words
 
 
+def without_pad_token(folder: str) -> None:
+    """As some models on the Hub are: no pad token, at most an unknown one (Llama's)."""
+    words, config = PreTrainedTokenizerFast.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    text = words.backend_tokenizer.to_str()
+    if config.model_type == "llama":
+        text = text.replace(words.pad_token, "<unk>")
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token=words.eos_token)
+    if config.model_type == "llama":
+        made.unk_token = "<unk>"
+    made.save_pretrained(folder)
+    config.pad_token_id = None
+    config.save_pretrained(folder)
+
+
 def write_json_lines(path: str, rows: list[dict]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as f:
@@ -86,6 +101,8 @@ def hub(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("hub"))
     for i, (name, (architecture, policy)) in enumerate(MODELS.items()):
         save(f"{folder}/{name}", architecture, policy, seed=i)
+    for name in ("cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr", "realtreetune/rho-1b-sft-GSM8K"):
+        without_pad_token(f"{folder}/{name}")
 
     def post(i):
         query = f"SUBREDDIT: r/a\n\nTITLE: {i}\n\nPOST: my {i} is lost.\n\nTL;DR:"
@@ -246,7 +263,7 @@ def test_sft_and_reward_model(task, hub, tmp_path):
     os.symlink(os.path.dirname(os.path.dirname(sys.executable)), tmp_path / ".venv")
     base = {"tldr": "EleutherAI/pythia-410m-deduped", "no_robots": "meta-llama/Llama-3.1-8B"}[task]
     fewer = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--use_cpu", "--bf16", "False"]
-    env = os.environ | {"LAUNCH": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = os.environ | {"ACCELERATE": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = ["bash", "benchmark/sft_and_reward.sh", task, base, *fewer]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

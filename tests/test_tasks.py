@@ -107,4 +107,4 @@ def test_no_robots_from_a_folder_with_its_columns(tmp_path):
     no_robots.main(no_robots.Args(str(tmp_path / "in"), output=str(tmp_path / "out")))
     row = load_from_disk(str(tmp_path / "out" / "data"))["test"][0]
     assert row["query"].startswith("### System:\nBe kind.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\nBye")
-    assert row["query"].endswith("### Assistant:") and row["reference"] == "\nSee you."
+    assert row["query"].endswith("### Assistant:\n") and row["reference"] == "See you."

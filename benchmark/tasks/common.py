@@ -268,6 +268,9 @@ def save(folder, model, tokenizer):
 
 def write_json_lines(data, folder):
     """FOLDER/SPLIT.jsonl for each split, which `datasets.load_dataset(FOLDER)` and TRL's command line read."""
+    shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
     for split, rows in data.items():
-        rows.to_json(f"{folder}/{split}.jsonl")
+        rows.to_json(f"{folder}.tmp/{split}.jsonl")
+    shutil.rmtree(folder, ignore_errors=True)
+    Path(f"{folder}.tmp").rename(folder)
     print(f"{folder}: {', '.join(f'{split} {len(rows)}' for split, rows in data.items())}")

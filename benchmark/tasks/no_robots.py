@@ -32,11 +32,11 @@ def row(record: dict) -> dict[str, str]:
     """### User: ... ### Assistant: ..., up to the last answer."""
     *messages, last = record["messages"]
     turns = [f"### {message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages]
-    return {"query": "".join(turns) + "### Assistant:", "reference": f"\n{last['content']}"}
+    return {"query": "".join(turns) + "### Assistant:\n", "reference": last["content"]}
 
 
 def preferences(data: DatasetDict, args: Args) -> DatasetDict:
-    """The person's answer over a sample of the policy, where the two differ."""
+    """The person's answer over a finished sample of the policy, where the two differ."""
     from vllm import LLM, SamplingParams
 
     length = args.prompt_length + args.response_length
@@ -48,8 +48,11 @@ def preferences(data: DatasetDict, args: Args) -> DatasetDict:
         sampling = SamplingParams(temperature=0.7, max_tokens=args.response_length, seed=1)
         outputs = llm.generate(rows["query"][:], sampling)
         rows = rows.rename_columns({"query": "prompt", "reference": "chosen"})
-        rows = rows.add_column("rejected", [output.outputs[0].text for output in outputs])
-        found[split] = rows.filter(lambda row: row["chosen"].strip() != row["rejected"].strip())
+        answers = [output.outputs[0] for output in outputs]
+        rows = rows.add_column(
+            "rejected", [answer.text if answer.finish_reason == "stop" else "" for answer in answers]
+        )
+        found[split] = rows.filter(lambda row: row["rejected"].strip() not in ("", row["chosen"].strip()))
     return DatasetDict(found)
 
 
