@@ -142,6 +142,8 @@ class Args:
     """evaluate every so many batches, and after the last; 0: never"""
     eval_prompts: int = 256
     """number of held-out prompts of an evaluation"""
+    eval_temperature: float = 0.01
+    """sampling temperature of an evaluation; 0.01 is near-greedy"""
 
     # Synchronous
     algo: Literal["online_dpo", "rloo", "ppo"] = "online_dpo"
@@ -475,9 +477,10 @@ def batch_request(t: int, weights: Weights, data: Dataset, args: Args) -> Reques
 
 
 def eval_request(t: int, weights: Weights, columns: dict, args: Args) -> Request:
-    """Ask for one near-greedy response to each prompt of the evaluation, made with version t."""
+    """Ask for one response to each prompt of the evaluation, made with version t. All versions have the same seeds."""
     prompts = columns["input_ids"]
-    return Request(f"eval-{t}", weights, prompts, 1, temperature=0.01, seeds=[args.seed] * len(prompts))
+    seeds = np.random.SeedSequence((args.seed, 2**31)).generate_state(len(prompts)).tolist()
+    return Request(f"eval-{t}", weights, prompts, 1, args.eval_temperature, seeds)
 
 
 @torch.no_grad()
@@ -846,7 +849,7 @@ def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini: Tens
 # 6. Evaluation --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
-    """Judge near-greedy responses to held-out prompts.
+    """Judge responses to held-out prompts.
 
     score      mean of the proxy reward, EOS rule applied
     ended      share of responses that end in EOS
@@ -1329,7 +1332,7 @@ def check_range(args: Args, names: tuple, above: float = -np.inf, least: float =
 def check_args(args: Args) -> None:
     """Refuse wrong flags and missing files before any model loads."""
     check_range(args, ("total_episodes", "batch_size", "micro_batch_size", "samples_per_prompt", "num_mini_batches",
-                       "num_epochs", "response_length", "temperature", "learning_rate",
+                       "num_epochs", "response_length", "temperature", "eval_temperature", "learning_rate",
                        "max_grad_norm", "timeout", "eval_prompts", "generator_tensor_parallel"), above=0)
     check_range(args, ("prompt_length",), least=2)  # of a probe of one token nothing is predicted
     check_range(args, ("seed", "max_staleness", "eval_every", "save_every"), least=0)
