@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements, for
-# every algorithm and three sizes of the policy; five seeds.
+# every algorithm and three sizes of the policy; five seeds, of `colocate` at tiny one: it is there for its time.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 prepare_sizes
-SEEDS=${SEEDS:-1,2,3,4,5}
-for model in "${sizes[@]}"; do
-    [[ $model != *2.8b* ]] || flags+=(--micro-batch-size 4)
-    for algo in online_dpo rloo ppo; do
-        run async_vs_sync async_$algo.py --model "$model"
-        run async_vs_sync sync_baseline.py --algo $algo --model "$model"
-        colocate async_vs_sync --algo $algo --model "$model"
+SEEDS=${SEEDS:-1,2,3,4,5} colocated=$SEEDS
+[ "$scale" = paper ] || flags+=(--total-episodes 2560 --eval-every 4) colocated=1 # before it saturates
+for seed in ${SEEDS//,/ }; do # in turn: times drift
+    for model in "${sizes[@]}"; do
+        own=(--model "$model")
+        [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)
+        for algo in online_dpo rloo ppo; do
+            SEEDS=$seed run async_vs_sync async_$algo.py "${own[@]}"
+            SEEDS=$seed run async_vs_sync sync_baseline.py --algo $algo "${own[@]}"
+            [[ ,$colocated, != *,$seed,* ]] || SEEDS=$seed colocate async_vs_sync --algo $algo "${own[@]}"
+        done
     done
 done
 [ -n "${DRY:-}" ] || $python -m benchmark.plot async_vs_sync

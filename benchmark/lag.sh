@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# What the paper does not show: how much lag each loss bears. S in 0, 1, 2, 4, 8, 16: batch t is made by version t - S.
+# What the paper does not show: how much lag each loss bears, and at which learning rate. Batch t is made by version t - S.
+# At S = 0 some losses are the same: the ratio is 1.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
-lag=(--max-staleness 0,1,2,4,8,16)
-run lag async_online_dpo.py "${lag[@]}"
-run lag async_rloo.py "${lag[@]}"
-run lag async_ppo.py "${lag[@]}"
-run lag async_rloo.py "${lag[@]}" --rloo-loss vanilla,truncated,copg,tba,topr,asymre
-run lag async_ppo.py "${lag[@]}" --ppo-loss recompute,truncated,decoupled,cispo
-run lag async_online_dpo.py "${lag[@]}" --dpo-loss ipo,best_of_k
+case $scale in
+tiny) every=0,1,2,4,8,16 some=0,4,16 late=4,16 rates=5e-5,2e-4 ;;
+paper) every=0,1,2,4,8,16 some=$every late=${every#0,} rates=1e-6,1e-5 ;;
+esac
+for script in async_online_dpo.py async_rloo.py async_ppo.py; do
+    run lag $script "${short[@]}" --max-staleness $every
+done
+run lag async_rloo.py "${short[@]}" --max-staleness $late --rloo-loss vanilla,truncated,topr
+run lag async_rloo.py "${short[@]}" --max-staleness $some --rloo-loss copg,asymre
+run lag async_ppo.py "${short[@]}" --max-staleness $late --ppo-loss recompute,truncated,decoupled
+run lag async_ppo.py "${short[@]}" --max-staleness $some --ppo-loss cispo
+run lag async_online_dpo.py "${short[@]}" --max-staleness $some --dpo-loss ipo,best_of_k
+for script in async_online_dpo.py async_rloo.py async_ppo.py; do
+    run lag $script "${short[@]}" --max-staleness 0,16 --learning-rate $rates
+done
 [ -n "${DRY:-}" ] || $python -m benchmark.plot lag

@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
 # Figure 4 of the paper: losses against off-policyness. N updates on one generated batch, synchronous; and the losses and
-# corrections that came later.
+# corrections that came later. At N = 1 some are the same (RLOO: the ratio is 1), and at any N those of PPO that differ in where
+# the old log-probabilities come from: without lag there is one place. TBA is half of CoPG.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
-n=(--num-mini-batches 1,2,4,8,16)
-case $scale in
-tiny) flags+=(--batch-size 64 --total-episodes 4096 --eval-every 1000) ;;
-paper) more=(--save-every 4) ;; # batches: N = 64 has 4
-esac
-run losses sync_baseline.py --algo online_dpo --dpo-loss dpo,best_of_k,ipo "${n[@]}"
-run losses sync_baseline.py --algo rloo --rloo-loss proximal,vanilla,truncated,copg,tba,topr,asymre "${n[@]}"
-run losses sync_baseline.py --algo ppo --ppo-loss recompute,behaviour,truncated,decoupled,cispo "${n[@]}"
+run losses sync_baseline.py --algo online_dpo "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches 1,4,16,64
+run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour,cispo --num-mini-batches 1,4,16,64
+run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,copg,asymre --num-mini-batches 1,4,16,64
+run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr --num-mini-batches 4,16,64
 [ -n "${DRY:-}" ] || $python -m benchmark.plot losses

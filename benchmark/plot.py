@@ -1,9 +1,9 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
-From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and NAME.md; the tables
-also go into benchmark/README.md, between <!-- NAME --> and <!-- end -->. Lines and
-bands are the mean over seeds and its 95 % bootstrap interval. Of three seeds that is their range, which is too narrow:
-each extreme is drawn three times in a row with probability 1/27.
+From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and NAME.md; the
+tables also go into benchmark/README.md, between <!-- NAME --> and <!-- end -->. Lines and bands are the mean over
+seeds and its 95 % bootstrap interval. Of three seeds that is their range, which is too narrow: each extreme is drawn three times in a
+row with probability 1/27.
 """
 
 import contextlib
@@ -82,8 +82,8 @@ def text(value) -> str:
 
 
 def last(rows: list[dict]) -> list[dict]:
-    """The last evaluation of each run."""
-    return [run[-1] for run in groups(rows, ("command",)).values()]
+    """The last evaluation of each run that did not diverge."""
+    return [run[-1] for run in groups(rows, ("command",)).values() if not run[-1].get("diverged")]
 
 
 def line(axis, rows: list[dict], x: str, y: str, label: str | None) -> None:
@@ -103,7 +103,7 @@ def draw(name: str) -> None:
     panels, keys = FIGURES[name]
     rows = read(name)
     keys = varying(rows, keys)
-    columns = groups(rows, ("algorithm",)) if name in COLUMNS else {(): rows}
+    columns = dict(sorted(groups(rows, ("algorithm",)).items())) if name in COLUMNS else {(): rows}
     if name in COLUMNS:  # a row of axes for each panel
         places = [(panel, part, title) for panel in panels for title, part in columns.items()]
         shape = len(panels), len(columns)
@@ -111,10 +111,12 @@ def draw(name: str) -> None:
         places = [(panel, rows, ()) for panel in panels]
         shape = 1, len(panels)
     size = (5.2 * shape[1], 4 * shape[0])
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        *shape, figsize=size, layout="constrained", squeeze=False, sharey="row" if name in COLUMNS else False
+    )
     for axis, ((x, y), part, title) in zip(axes.flat, places):
         axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
-        for key, group in groups(part, keys).items():
+        for key, group in sorted(groups(part, keys).items()):
             line(axis, group, x, y, ", ".join(text(value) for value in key) or None)
         axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y), title=", ".join(title))
         if x in DIALS and max(row[x] for row in rows) > 4:
@@ -130,6 +132,9 @@ def table(name: str) -> str:
     """Last evaluations, mean [95 % interval] over seeds: a line for each group, a column for each value of a dial."""
     rows = read(name)
     keys, dials = varying(rows, FIGURES[name][1]), varying(rows, DIALS)
+    if "way" in keys:  # it says what S is
+        dials = tuple(dial for dial in dials if dial != "max_staleness")
+    runs = max(map(len, groups(last(rows), keys + dials).values()))
     if name in COLUMNS and "loss" not in keys:
         keys = ("algorithm", *keys)
     measures = [m for m in ("win_rate", "score", "kl", "perplexity") if isinstance(rows[0].get(m), float)]
@@ -143,15 +148,19 @@ def table(name: str) -> str:
             lines += ["", f"{LABELS.get(measure, measure)}:", "", *markdown_head(head)]
             for key, group in sorted(groups(last(rows), keys).items()):
                 parts = groups(group, dials)
-                cells = [brief([row[measure] for row in parts[(v,)]]) if (v,) in parts else "" for v in values]
+                cells = [brief([row[measure] for row in parts.get((v,), [])], runs) for v in values]
                 lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
     else:
-        lines += ["", *markdown_head([*keys, *dials, *measures, "runs"])]
+        lines += ["", *markdown_head([*keys, *dials, *measures])]
         for key, group in sorted(groups(last(rows), keys + dials).items()):
-            cells = [brief([row[measure] for row in group]) for measure in measures]
-            lines.append(f"| {' | '.join([*map(text, key), *cells, str(len(group))])} |")
+            cells = [brief([row[measure] for row in group if row[measure] != ""], runs) for measure in measures]
+            lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
-    told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}."
+    told = (
+        f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))} of one prepared task."
+    )
+    if gone := sorted({row["command"] for row in rows if row.get("diverged")}):
+        told += " Diverged and left out: " + "; ".join(f"`{command}`" for command in gone) + "."
     return "\n".join([*lines, "", f"{told} `bash benchmark/{name}.sh`, commit {', '.join(commits)}.", ""])
 
 
@@ -159,8 +168,11 @@ def markdown_head(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
 
 
-def brief(values: list[float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval(values))
+def brief(values: list[float], runs: int) -> str:
+    """Mean and interval; of fewer runs than elsewhere in the table their number too."""
+    if not values:
+        return ""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval(values)) + f" ({len(values)})" * (len(values) < runs)
 
 
 def include(page: Path) -> None:
@@ -168,6 +180,8 @@ def include(page: Path) -> None:
     found = page.read_text()
     for name in FIGURES:
         if Path(f"benchmark/figures/{name}.md").exists():
+            if f"<!-- {name} -->" not in found:
+                raise SystemExit(f"benchmark.plot: {page} has no place <!-- {name} --> ... <!-- end -->")
             new = f"<!-- {name} -->\n{Path(f'benchmark/figures/{name}.md').read_text()}<!-- end -->"
             found = re.sub(f"<!-- {name} -->\n.*?<!-- end -->", lambda _, new=new: new, found, flags=re.DOTALL)
     page.write_text(found)

@@ -6,7 +6,8 @@ Values with commas span the grid; the last flag changes fastest. A run is kept i
 what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
 anew; a run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all
 that are there: a line an evaluation. LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1
-the commands are only printed. JOBS=2 runs two at a time: the same results to the last bit, but not the same times.
+the commands are only printed. JOBS=2 runs two at a time, each on its half of the cores: times do not compare then, and
+results only with those of as many threads a side (on 2 cores all but `colocate`).
 """
 
 import csv
@@ -57,43 +58,56 @@ def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Pat
     return next((path for path in Path("runs", name).glob(f"*-{digest}") if path.is_dir()), new)
 
 
-def start(script: str, flags: list[str], folder: Path, jobs: int, lock: int) -> subprocess.Popen:
-    """One run of a script, resumed where there is something to resume."""
+def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, lock: int) -> subprocess.Popen:
+    """One run of a script, resumed where there is something to resume; of several jobs each has its own cores."""
     resume = (folder / "config.json").exists()
     launcher = shlex.split(os.environ.get("LAUNCH") or sys.executable)
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    if 1 < jobs <= len(cores):
+        command = ["taskset", "--cpu-list", ",".join(map(str, cores[slot::jobs])), *command]
     with open(f"{folder}.log", "a") as log:
         print(f"JOBS={jobs}", file=log, flush=True)
         own = dict(start_new_session=True, pass_fds=[lock])  # signals come from here; the lock lasts as long as the run
         return subprocess.Popen(command, stdout=log, stderr=log, **own)
 
 
+def finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists() or (folder / "diverged").exists()
+
+
 def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, lock: int) -> None:
-    """Every run to its end, `jobs` at a time. Ctrl-C and SIGTERM are passed on: the runs end with a checkpoint."""
-    running, waiting = {}, [point for point in points if not (point[2] / "summary.json").exists()]
+    """Every run to its end, `jobs` at a time. Ctrl-C and SIGTERM are passed on: the runs end with a checkpoint.
+
+    A loss or a gradient that is not finite is a result, kept as such; any other failure ends the command.
+    """
+    running, waiting = {}, [point for point in points if not finished(point[2])]
     try:
         while running or waiting:
-            if waiting and len(running) < jobs:
-                point = waiting.pop(0)
-                running[point[2]] = start(*point, jobs, lock)
+            for slot in range(jobs):
+                if waiting and slot not in running:
+                    point = waiting.pop(0)
+                    running[slot] = point[2], start(*point, slot, jobs, lock)
             time.sleep(0.2)
-            for folder, process in list(running.items()):
+            for slot, (folder, process) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[folder]
+                del running[slot]
                 if process.returncode:
                     output = Path(f"{folder}.log").read_text()[-3000:]
-                    raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
+                    if "FloatingPointError" not in output:
+                        raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
+                    (folder / "diverged").write_text(output)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes each, and of no more use
                 write_table(name)
     except KeyboardInterrupt:
         raise SystemExit("benchmark.run: ended; the same command goes on where this one stopped") from None
     finally:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
-        for process in running.values():
+        for _, process in running.values():
             process.wait()
 
 
@@ -101,11 +115,13 @@ def rows(folder: Path) -> list[dict]:
     """A line for each evaluation of a finished run."""
     config = json.loads((folder / "config.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    step = json.loads((folder / "summary.json").read_text()).get("step")  # a run of one batch or two has none
+    diverged = (folder / "diverged").exists()
+    step = None if diverged else json.loads((folder / "summary.json").read_text()).get("step")  # a short run has none
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS}
     where = {"step_seconds": step and round(step, 4), "command": config["command"].split(" --output-dir")[0]}
+    where["diverged"] = "yes" if diverged else ""
     where["jobs"] = re.findall(r"^JOBS=(\d+)$", Path(f"{folder}.log").read_text(), re.MULTILINE)[-1]
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
@@ -116,7 +132,9 @@ def rows(folder: Path) -> list[dict]:
             continue
         values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
         values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}
-        values |= {name: float(np.mean([s[name] for s in steps])) for name in STEPS if steps}
+        if steps:
+            values |= {name: float(np.mean([s[name] for s in steps])) for name in STEPS}
+            values["train_score"] = float(np.mean([s["score"] for s in steps]))
         found.append(same | {k: round(v, 5) for k, v in values.items()} | where)
         steps = []
     return found
@@ -124,7 +142,7 @@ def rows(folder: Path) -> list[dict]:
 
 def write_table(name: str) -> None:
     """benchmark/results/NAME.csv, from all finished runs."""
-    found = [row for end in sorted(Path("runs", name).glob("*/summary.json")) for row in rows(end.parent)]
+    found = [row for folder in sorted(Path("runs", name).glob("*/")) if finished(folder) for row in rows(folder)]
     columns = list(dict.fromkeys(column for row in found for column in row))
     with open(f"benchmark/results/{name}.csv", "w") as f:
         writer = csv.DictWriter(f, columns)

@@ -3,6 +3,8 @@
 # Equal completions: with K = 4 a batch of 256 gives as many pairs as 128 with K = 2, from half as many updates.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
-run samples async_online_dpo.py --samples-per-prompt 2
-run samples async_online_dpo.py --samples-per-prompt 4 --batch-size "$double"
+SEEDS=${SEEDS:-1,2,3,4,5}
+case $scale in tiny) two=(--eval-every 4) four=(--eval-every 2) ;; paper) two=() four=() ;; esac
+run samples async_online_dpo.py "${two[@]}" --samples-per-prompt 2
+run samples async_online_dpo.py "${four[@]}" --samples-per-prompt 4 --batch-size "$double"
 [ -n "${DRY:-}" ] || $python -m benchmark.plot samples

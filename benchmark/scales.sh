@@ -1,6 +1,7 @@
 # Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download) or paper (TL;DR,
 # 4 GPUs: three learn, or LEARNERS, and one generates). Sets `scale`, `sizes` of the policy, `flags` that all runs of an
-# experiment share, `dpo`, `rloo` and `ppo` for runs of these; what a run names itself comes after them and wins. SEEDS=1,2,3.
+# experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short` for those with few but large batches (tiny: 64 updates);
+# what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scale=${1:-tiny} python=.venv/bin/python dpo=() rloo=() ppo=() more=()
 case $scale in
@@ -8,7 +9,9 @@ tiny)
     [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/info.json ] || $python -m benchmark.tasks.tldr_tiny
     sizes=(tasks/tldr-tiny/sft-s tasks/tldr-tiny/sft-m tasks/tldr-tiny/sft-l)
     other_reward=tasks/tldr-tiny/rm-s double=256
-    flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 512)
+    flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 1024
+        --eval-temperature 0.7) # as in training: near-greedy, every response of so small a policy is one of three templates
+    short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 1000)
     ;;
 paper)
     tldr=vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144
@@ -23,7 +26,7 @@ paper)
         --temperature 0.7 --learning-rate 3e-6 --eval-every 64 --eval-prompts 6444 --gpu-memory-utilization 0.9)
     dpo=(--total-episodes 258048 --batch-size 1008) # 504 pairs
     ppo=(--samples-per-prompt 1)
-    more=(--save-every 64)
+    more=(--save-every 64) short=(--save-every 4)
     learners=${LEARNERS:-3}
     export LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node $learners"
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds to write a checkpoint after a signal
