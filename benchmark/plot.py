@@ -1,9 +1,12 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
-From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and NAME.md; the
-tables also go into benchmark/README.md, between <!-- NAME --> and <!-- end -->. Lines and bands are the mean over
-seeds and its 95 % bootstrap interval. Of three seeds that is their range, which is too narrow: each extreme is drawn three times in a
-row with probability 1/27.
+From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png; the tables go into
+benchmark/README.md, between <!-- NAME --> and <!-- end -->. Lines and bands are the mean over seeds and its 95 %
+bootstrap interval; of three seeds that is their range, which is too narrow.
+
+benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
+runs, `plus` less `minus`, paired by seed. It is reproduced where the 95 % t-interval of the mean difference agrees with
+the paper: wholly above or below zero or, where the paper finds no difference, within MARGIN.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -20,42 +24,65 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 
-LABELS = {"win_rate": "gold win-rate", "kl": "KL to the reference, per response", "seconds": "seconds of training"}
-LABELS |= {"max_staleness": "S: lag in batches", "num_mini_batches": "N: mini-batches per generated batch"}
-LABELS |= {"num_epochs": "T: epochs per batch", "samples_per_prompt": "K: samples per prompt", "score": "proxy reward"}
-LABELS |= {"episodes": "completions", "effective_sample_size": "effective sample size"}
-DIALS = ("max_staleness", "num_mini_batches", "num_epochs", "samples_per_prompt")
-FIGURES = {  # panels (x, y), and what the lines are. Where a dial varies, points are last evaluations, else all of them
-    "async_vs_sync": ([("episodes", "win_rate"), ("seconds", "win_rate")], ("model", "way")),
-    "off_policyness": (
-        [("num_mini_batches", "win_rate"), ("num_mini_batches", "kl"), ("kl", "win_rate")],
-        ("lr_schedule", "learning_rate"),
-    ),
-    "losses": ([("num_mini_batches", "win_rate"), ("num_mini_batches", "kl")], ("loss",)),
-    "scale": ([("num_mini_batches", "win_rate"), ("num_mini_batches", "kl")], ("model", "reward")),
-    "epochs": ([("num_epochs", "win_rate"), ("num_epochs", "kl"), ("seconds", "win_rate")], ("algorithm",)),
-    "samples": ([("samples_per_prompt", "win_rate"), ("samples_per_prompt", "kl")], ("algorithm",)),
-    "lag": ([("max_staleness", "win_rate"), ("max_staleness", "kl")], ("loss", "learning_rate")),
-    "math": ([("episodes", "score"), ("seconds", "score")], ("algorithm", "way")),
-    "overoptimisation": ([("kl", "win_rate"), ("kl", "score"), ("kl", "gold_score")], ("algorithm",)),
+
+class Panel(NamedTuple):
+    x: str
+    """a dial: points are means of the last evaluations; any other column: of all evaluations, one for each version"""
+    y: str
+    lines: tuple[str, ...]
+    only: dict = {}
+
+
+DIALS = {"max_staleness": "S: lag in batches", "num_mini_batches": "N: mini-batches per generated batch"}
+DIALS |= {"num_epochs": "T: epochs per batch", "samples_per_prompt": "K: samples per prompt"}
+LABELS = DIALS | {"win_rate": "gold win-rate", "kl": "KL to the reference, per response", "score": "proxy reward"}
+LABELS |= {"seconds": "seconds of training", "episodes": "completions", "gold_score": "gold reward"}
+FIGURES = {
+    "async_vs_sync": [Panel(x, "win_rate", ("policy", "way")) for x in ("episodes", "seconds")],
+    "off_policyness": [
+        Panel("num_mini_batches", "win_rate", ("lr_schedule",)),
+        Panel("num_mini_batches", "kl", ("lr_schedule",)),
+        Panel("kl", "win_rate", ("num_mini_batches",), {"lr_schedule": "per_update"}),
+    ],
+    "losses": [Panel("num_mini_batches", y, ("loss",)) for y in ("win_rate", "kl")],
+    "scale": [Panel("num_mini_batches", y, ("policy", "judge")) for y in ("win_rate", "kl")],
+    "epochs": [Panel(x, "win_rate", ("num_epochs",)) for x in ("episodes", "kl")],
+    "samples": [Panel(x, "win_rate", ("samples_per_prompt",)) for x in ("episodes", "kl", "seconds")],
+    "lag": [Panel("max_staleness", y, ("loss", "learning_rate")) for y in ("win_rate", "kl")],
+    "math": [Panel(x, "score", ("way",)) for x in ("episodes", "seconds")],
+    "overoptimisation": [Panel("kl", y, ("algorithm",)) for y in ("win_rate", "score", "gold_score")],
 }
-COLUMNS = ("async_vs_sync", "losses", "lag")  # these have a column of panels for each algorithm
+COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "math")  # these have a column of panels for each algorithm
+OWN_LOSS = {
+    "online_dpo": "dpo",
+    "rloo": "proximal",
+    "ppo": "behaviour",
+}  # losses that are this one at S = 0 were not run there
+LETTERS = {label[0]: dial for dial, label in DIALS.items()}
+MARGIN = 2.0  # points of win-rate or accuracy: less is called equal
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}  # two-sided, of so many values
+T_95 |= {10: 2.262, 11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145}
+
+
+def number(value: str) -> float | str:
+    with contextlib.suppress(ValueError):
+        return float(value)
+    return value
 
 
 def read(name: str) -> list[dict]:
-    """The lines of a table, with numbers as numbers, and algorithm, loss and way to run as columns of their own."""
+    """The lines of a table, with numbers as numbers, and what the flags mean."""
     with open(f"benchmark/results/{name}.csv") as f:
         rows = list(csv.DictReader(f))
-    for row in rows:
-        for key, value in row.items():
-            if key in ("commit", "torch", "transformers", "vllm"):
-                continue
-            with contextlib.suppress(ValueError):
-                row[key] = float(value)
-        row["algorithm"] = row["algo"] or row["script"].removeprefix("async_")
-        row["loss"] = f"{row['algorithm']}: {row[row['algorithm'].removeprefix('online_') + '_loss']}"
-        row["way"] = f"S={row['max_staleness']:.0f}" if row["script"].startswith("async") else row["placement"]
-    return rows
+    words = ("commit", "torch", "transformers", "vllm")
+    return [meaning({key: value if key in words else number(value) for key, value in row.items()}) for row in rows]
+
+
+def meaning(row: dict) -> dict:
+    algorithm = row["algo"] or row["script"].removeprefix("async_")
+    way = f"S={row['max_staleness']:.0f}" if row["script"].startswith("async") else row["placement"]
+    names = {"policy": Path(row["model"]).name, "judge": Path(row["reward"]).name, "algorithm": algorithm, "way": way}
+    return row | names | {"loss": row[algorithm.removeprefix("online_") + "_loss"]}
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -66,33 +93,33 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def groups(rows: list[dict], keys: tuple) -> dict[tuple, list[dict]]:
+    """Rows with the same values of the keys, sorted by these."""
     found = defaultdict(list)
     for row in rows:
         found[tuple(row[key] for key in keys)].append(row)
-    return dict(found)
+    return dict(sorted(found.items()))
 
 
-def varying(rows: list[dict], keys: tuple) -> tuple:
+def varying(rows: list[dict], keys) -> tuple:
     """The keys that differ between rows."""
     return tuple(key for key in keys if len({row[key] for row in rows}) > 1)
 
 
-def text(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else Path(value).name
+def select(rows: list[dict], values: dict) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
 def last(rows: list[dict]) -> list[dict]:
     """The last evaluation of each run that did not diverge."""
-    return [run[-1] for run in groups(rows, ("command",)).values() if not run[-1].get("diverged")]
+    return [run[-1] for run in groups(rows, ("command",)).values() if not run[-1]["diverged"]]
+
+
+def text(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def line(axis, rows: list[dict], x: str, y: str, label: str | None) -> None:
-    """One line with its band: against a dial the last evaluation of each run, else all evaluations."""
-    dials = varying(rows, DIALS)
-    if x in DIALS or dials:
-        points = groups(sorted(last(rows), key=lambda row: [row[dial] for dial in dials]), dials)
-    else:
-        points = groups(rows, ("version",))
+    points = groups(last(rows), (x,)) if x in DIALS else groups(rows, ("version",))
     found = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
     where, middle, low, high = np.array(found).T
     axis.plot(where, middle, marker="o", markersize=3, label=label)
@@ -100,71 +127,92 @@ def line(axis, rows: list[dict], x: str, y: str, label: str | None) -> None:
 
 
 def draw(name: str) -> None:
-    panels, keys = FIGURES[name]
+    """A column of panels for each algorithm, or a row of all panels."""
     rows = read(name)
-    keys = varying(rows, keys)
-    columns = dict(sorted(groups(rows, ("algorithm",)).items())) if name in COLUMNS else {(): rows}
-    if name in COLUMNS:  # a row of axes for each panel
-        places = [(panel, part, title) for panel in panels for title, part in columns.items()]
-        shape = len(panels), len(columns)
-    else:
-        places = [(panel, rows, ()) for panel in panels]
-        shape = 1, len(panels)
+    columns = groups(rows, ("algorithm",)) if name in COLUMNS else {("",): rows}
+    places = [(panel, part, title) for panel in FIGURES[name] for (title,), part in columns.items()]
+    shape = (len(FIGURES[name]), len(columns)) if name in COLUMNS else (1, len(FIGURES[name]))
     size = (5.2 * shape[1], 4 * shape[0])
-    figure, axes = plt.subplots(
-        *shape, figsize=size, layout="constrained", squeeze=False, sharey="row" if name in COLUMNS else False
-    )
-    for axis, ((x, y), part, title) in zip(axes.flat, places):
+    sharey = "row" if name in COLUMNS else False
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
+    for axis, (panel, part, title) in zip(axes.flat, places):
         axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
-        for key, group in sorted(groups(part, keys).items()):
-            line(axis, group, x, y, ", ".join(text(value) for value in key) or None)
-        axis.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y), title=", ".join(title))
-        if x in DIALS and max(row[x] for row in rows) > 4:
+        part = select(part, panel.only)
+        lines = varying(part, panel.lines)
+        for key, group in groups(part, lines).items():
+            line(axis, group, panel.x, panel.y, ", ".join(map(text, key)))
+        axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y], title=title)
+        if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
-        if keys and (name in COLUMNS or axis is axes.flat[-1]):
-            axis.legend(fontsize=7, title=", ".join(keys), title_fontsize=7)
+        if lines:
+            axis.legend(fontsize=7, title=", ".join(lines), title_fontsize=7)
     figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
+    plt.close(figure)
+
+
+def lag() -> None:
+    """Every loss against S: points of win-rate more than at S = 0, in black where surely so; ×: a run diverged."""
+    everything = read("lag")
+    rows = last(everything)
+    lines = groups(rows, ("algorithm", "loss", "learning_rate"))
+    dials = [dial for (dial,) in groups(rows, ("max_staleness",)) if dial]
+    change = np.full((len(lines), len(dials)), np.nan)
+    figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(lines) + 1.2), layout="constrained")
+    for i, (algorithm, loss, rate) in enumerate(lines):
+        own = f"algorithm={algorithm} learning_rate={rate} loss={loss}"
+        same = own
+        if not select(rows, sides(f"{own} S=0")[0]):
+            same = own.replace(f"loss={loss}", f"loss={OWN_LOSS[algorithm]}")
+        for j, dial in enumerate(dials):
+            found = differences(rows, f"{own} S={dial}", f"{same} S=0")
+            if any(row["diverged"] for row in select(everything, sides(f"{own} S={dial}")[0])):
+                axis.text(j, i, "×", ha="center", va="center")
+            elif len(found) > 1:
+                change[i, j], low, high = t_interval(found)
+                colour = "black" if low > 0 or high < 0 else "grey"
+                axis.text(j, i, f"{change[i, j]:+.1f}", ha="center", va="center", fontsize=8, color=colour)
+    image = axis.imshow(change, cmap="RdYlGn", vmin=-20, vmax=20, aspect="auto")
+    axis.set_xticks(range(len(dials)), [f"S = {dial:g}" for dial in dials])
+    axis.set_yticks(range(len(lines)), [f"{a}: {b}, {c:g}" for a, b, c in lines], fontsize=8)
+    figure.colorbar(image, label="gold win-rate, points from S = 0")
+    figure.savefig("benchmark/figures/lag_map.png", dpi=90)
     plt.close(figure)
 
 
 def table(name: str) -> str:
     """Last evaluations, mean [95 % interval] over seeds: a line for each group, a column for each value of a dial."""
     rows = read(name)
-    keys, dials = varying(rows, FIGURES[name][1]), varying(rows, DIALS)
-    if "way" in keys:  # it says what S is
-        dials = tuple(dial for dial in dials if dial != "max_staleness")
+    algorithm = ("algorithm",) if name in COLUMNS else ()
+    dials = tuple(dial for dial in varying(rows, DIALS) if "way" not in FIGURES[name][0].lines)  # a way says what S is
+    keys = algorithm + tuple(key for key in varying(rows, FIGURES[name][0].lines) if key not in dials)
     runs = max(map(len, groups(last(rows), keys + dials).values()))
-    if name in COLUMNS and "loss" not in keys:
-        keys = ("algorithm", *keys)
     measures = [m for m in ("win_rate", "score", "kl", "perplexity") if isinstance(rows[0].get(m), float)]
-    if "way" in keys:
-        measures.append("step_seconds")
-    lines = []
     if len(dials) == 1:
         values = sorted({row[dials[0]] for row in rows})
-        for measure in measures[:1] + ["kl"]:
-            head = [*keys, *(f"{dials[0].replace('_', ' ')} {value:g}" for value in values)]
-            lines += ["", f"{LABELS.get(measure, measure)}:", "", *markdown_head(head)]
-            for key, group in sorted(groups(last(rows), keys).items()):
+        lines = []
+        for measure in (measures[0], "kl"):
+            lines += [f"{LABELS[measure]}:", "", *head([*keys, *(f"{DIALS[dials[0]][0]} = {v:g}" for v in values)])]
+            for key, group in groups(last(rows), keys).items():
                 parts = groups(group, dials)
                 cells = [brief([row[measure] for row in parts.get((v,), [])], runs) for v in values]
                 lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
+            lines.append("")
     else:
-        lines += ["", *markdown_head([*keys, *dials, *measures])]
-        for key, group in sorted(groups(last(rows), keys + dials).items()):
+        measures += ["step_seconds"] if "way" in FIGURES[name][0].lines else []
+        lines = head([*keys, *measures])
+        for key, group in groups(last(rows), keys).items():
             cells = [brief([row[measure] for row in group if row[measure] != ""], runs) for measure in measures]
             lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
+        lines.append("")
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
-    told = (
-        f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))} of one prepared task."
-    )
-    if gone := sorted({row["command"] for row in rows if row.get("diverged")}):
+    told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}, one prepared task."
+    if gone := sorted({row["command"] for row in rows if row["diverged"]}):
         told += " Diverged and left out: " + "; ".join(f"`{command}`" for command in gone) + "."
-    return "\n".join([*lines, "", f"{told} `bash benchmark/{name}.sh`, commit {', '.join(commits)}.", ""])
+    return "\n".join([*lines, f"{told} Commit {', '.join(commits)}.", ""])
 
 
-def markdown_head(names: list[str]) -> list[str]:
+def head(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
 
 
@@ -175,15 +223,68 @@ def brief(values: list[float], runs: int) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*interval(values)) + f" ({len(values)})" * (len(values) < runs)
 
 
-def include(page: Path) -> None:
-    """Put every table into the page, between <!-- NAME --> and <!-- end -->."""
-    found = page.read_text()
-    for name in FIGURES:
-        if Path(f"benchmark/figures/{name}.md").exists():
-            if f"<!-- {name} -->" not in found:
-                raise SystemExit(f"benchmark.plot: {page} has no place <!-- {name} --> ... <!-- end -->")
-            new = f"<!-- {name} -->\n{Path(f'benchmark/figures/{name}.md').read_text()}<!-- end -->"
-            found = re.sub(f"<!-- {name} -->\n.*?<!-- end -->", lambda _, new=new: new, found, flags=re.DOTALL)
+def t_interval(values: list[float]) -> tuple[float, float, float]:
+    mean, half = np.mean(values), T_95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def sides(cell: str) -> list[dict]:
+    """ "loss=dpo N=16 + loss=ipo N=1" -> [{"loss": "dpo", "num_mini_batches": 16.0}, {"loss": "ipo", ...: 1.0}]."""
+    found = []
+    for side in cell.split(" + "):
+        words = [word.split("=", 1) for word in side.split()]
+        found.append({LETTERS.get(key, key): number(value) for key, value in words})
+    return found
+
+
+def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rate", pairs: str = "seed") -> list[float]:
+    """Of each pair that is complete: win-rates and scores in points, KL in nats, of times the ratio in %."""
+    values = []
+    for sign, side in [(1, side) for side in sides(plus)] + [(-1, side) for side in sides(minus)]:
+        found = select(rows if "version" in side else last(rows), side)
+        values.append((sign, {tuple(row[key] for key in pairs.split()): row[measure] for row in found}))
+        assert len(values[-1][1]) == len(found), f"{side}: more than one run for a pair"
+    common = sorted(set.intersection(*(set(found) for _, found in values)))
+    if measure in ("seconds", "step_seconds"):
+        (_, new), (_, old) = values
+        return [100 * (new[pair] / old[pair] - 1) for pair in common]
+    return [(1 if measure == "kl" else 100) * sum(sign * found[pair] for sign, found in values) for pair in common]
+
+
+def verdict(paper: str, low: float, high: float) -> str:
+    answers = {"equal": (low >= -MARGIN and high <= MARGIN, low > 0 or high < 0)}
+    answers |= {"lower": (high < 0, low > 0), "higher": (low > 0, high < 0), "": (False, False)}
+    yes, no = answers[paper.split(" ")[0]]
+    return "yes" if yes else "no" if no else "undecided" if paper else ""
+
+
+def claims() -> str:
+    with open("benchmark/claims.csv") as f:
+        rows = list(csv.DictReader(f))
+    lines = head(["experiment", "claim", "the paper", "expected here", "found here", "pairs", "reproduced?"])
+    for row in rows:
+        name, found, here, answer = row["experiment"], [], "not run yet", ""
+        if Path(f"benchmark/results/{name}.csv").exists():
+            found = differences(read(name), row["plus"], row["minus"], row["measure"], row["pairs"])
+        if len(found) > 1:
+            mean, low, high = t_interval(found)
+            unit = {"kl": "nats", "seconds": "%", "step_seconds": "%"}.get(row["measure"], "points")
+            here, answer = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}", verdict(row["paper"], low, high)
+        cells = [f"`{name}`", row["claim"], row["paper"], row["expected"], here, str(len(found)), answer]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def include(page: Path, name: str, new: str) -> None:
+    """Put a table into the page, between <!-- NAME --> and <!-- end -->."""
+    found, count = re.subn(
+        f"<!-- {name} -->\n.*?<!-- end -->",
+        lambda _: f"<!-- {name} -->\n{new}<!-- end -->",
+        page.read_text(),
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise SystemExit(f"benchmark.plot: {page} must have one place <!-- {name} --> ... <!-- end -->")
     page.write_text(found)
 
 
@@ -202,14 +303,21 @@ def weights() -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
+def main(*names: str) -> None:
     Path("benchmark/figures").mkdir(exist_ok=True)
-    if len(sys.argv) == 1:
+    page = Path("benchmark/README.md")
+    if not names:
         weights()
-    for name in sys.argv[1:] or [name for name in FIGURES if Path(f"benchmark/results/{name}.csv").exists()]:
+    for name in names or [name for name in FIGURES if Path(f"benchmark/results/{name}.csv").exists()]:
         if name not in FIGURES or not Path(f"benchmark/results/{name}.csv").exists():
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(FIGURES)}")
         draw(name)
-        Path(f"benchmark/figures/{name}.md").write_text(table(name))
-        print(f"benchmark/figures/{name}.png and .md")
-    include(Path("benchmark/README.md"))
+        if name == "lag":
+            lag()
+        include(page, name, table(name))
+        print(f"benchmark/figures/{name}.png, and its table in {page}")
+    include(page, "claims", claims())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

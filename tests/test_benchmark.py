@@ -41,6 +41,51 @@ def test_every_command_of_an_experiment_parses(name, scale):
         assert args.num_batches > 0 and args.batch_size % (args.samples_per_prompt * learners) == 0
 
 
+def test_every_claim_has_its_runs():
+    """Each side of a claim names one run of its experiment for every pair, and all sides have the same pairs."""
+    with open(f"{HERE}/benchmark/claims.csv") as f:
+        claims = list(csv.DictReader(f))
+    rows = {name: [] for name in {claim["experiment"] for claim in claims}}
+    for name, found in rows.items():
+        bash = ["bash", f"benchmark/{name}.sh"]
+        done = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True, check=True)
+        for line in done.stdout.splitlines():
+            script, *options = shlex.split(line)
+            args = vars(tyro.cli(SCRIPTS[script].Args, args=options))
+            found.append(plot.meaning({flag: args.get(flag, "") for flag in run.FLAGS} | {"script": script[:-3]}))
+    for claim in claims:
+        keys, pairs = claim["pairs"].split(), []
+        for side in plot.sides(claim["plus"]) + plot.sides(claim["minus"]):
+            side.pop("version", None)
+            runs = plot.select(rows[claim["experiment"]], side)
+            pairs.append(sorted(tuple(row[key] for key in keys) for row in runs))
+        assert len(pairs[0]) >= 3 and len(set(pairs[0])) == len(pairs[0]), claim
+        assert all(other == pairs[0] for other in pairs) or "colocate" in claim["minus"], claim
+
+
+@pytest.mark.parametrize(
+    ("paper", "low", "high", "answer"),
+    [
+        ("equal (fig 1)", -1.9, 1.9, "yes"),
+        ("equal (fig 1)", -2.1, 1.9, "undecided"),
+        ("equal (fig 1)", -1.5, -0.5, "yes"),
+        ("equal (fig 1)", -3.0, -0.5, "no"),
+        ("lower (fig 4)", -3.0, -0.5, "yes"),
+        ("lower (fig 4)", 0.5, 3.0, "no"),
+        ("higher (fig 7)", 0.5, 3.0, "yes"),
+        ("higher (fig 7)", -0.5, 3.0, "undecided"),
+        ("", 0.5, 3.0, ""),
+    ],
+)
+def test_verdict(paper, low, high, answer):
+    assert plot.verdict(paper, low, high) == answer
+
+
+def test_t_interval():
+    """1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 4.303."""
+    assert plot.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+
+
 def test_a_wrong_scale_is_refused():
     done = subprocess.run(["bash", "benchmark/lag.sh", "papre"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and "the scale is tiny or paper, not papre" in done.stderr
@@ -68,8 +113,14 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     with open("benchmark/results/lag.csv") as f:
         rows = list(csv.DictReader(f))
     assert [(row["seed"], row["jobs"]) for row in rows] == [("1", "2")] * 3 + [("2", "2")] * 3
-    plot.draw("lag")
-    assert "win_rate" in plot.table("lag") and os.path.exists("benchmark/figures/lag.png")
+    page = tmp_path / "benchmark/README.md"
+    page.write_text("<!-- claims -->\n<!-- end -->\n<!-- lag -->\n<!-- end -->\n")
+    (tmp_path / "benchmark/claims.csv").write_text(
+        "experiment,claim,paper,expected,measure,pairs,plus,minus\nlag,nothing,,,win_rate,seed,S=1,S=1\n"
+    )
+    plot.main("lag")
+    assert "win_rate" in page.read_text() and "+0.0 [+0.0, +0.0] points | 2" in page.read_text()
+    assert os.path.exists("benchmark/figures/lag.png") and os.path.exists("benchmark/figures/lag_map.png")
 
     run.main("lag", script, *options, "--seed=1,2")
     assert capsys.readouterr().out.count("--output-dir") == 2
