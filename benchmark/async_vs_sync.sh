@@ -6,7 +6,7 @@ set -euo pipefail
 prepare_sizes
 SEEDS=${SEEDS:-1,2,3,4,5} colocated=$SEEDS
 [ "$scale" = paper ] || flags+=(--total-episodes 2560 --eval-every 4) colocated=1 # before it saturates
-for seed in ${SEEDS//,/ }; do # in turn: times drift
+for seed in $(tr , ' ' <<< "$SEEDS"); do # in turn: times drift
     for model in "${sizes[@]}"; do
         own=(--model "$model")
         [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)

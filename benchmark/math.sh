@@ -18,9 +18,11 @@ paper) # ours: sizes that divide among 3 and 4 learners, PPO's number of updates
     ppo=(--samples-per-prompt 8 --batch-size 288 --total-episodes 131328 --num-epochs 2)
     ;;
 esac
-for algo in online_dpo rloo ppo; do
-    run math async_$algo.py
-    run math sync_baseline.py --algo $algo
-    colocate math --algo $algo
+for seed in $(tr , ' ' <<< "${SEEDS:-1,2,3}"); do # in turn: times drift
+    for algo in online_dpo rloo ppo; do
+        SEEDS=$seed run math async_$algo.py
+        SEEDS=$seed run math sync_baseline.py --algo $algo
+        SEEDS=$seed colocate math --algo $algo
+    done
 done
 [ -n "${DRY:-}" ] || $python -m benchmark.plot math
