@@ -7,7 +7,7 @@ tiny)
     [ -n "${DRY:-}" ] || [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
     flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward --gold ""
         --samples-per-prompt 4 --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
-        --prompt-length 64 --response-length 48)
+        --prompt-length 64 --response-length 48 --eval-temperature 0.01 --eval-every 6) # near-greedy, as the paper
     ;;
 paper) # ours: sizes that divide among 3 and 4 learners, PPO's number of updates, an unfinished response counts as wrong
     [ -n "${DRY:-}" ] || [ -e tasks/gsm8k/data ] || $python -m benchmark.tasks.gsm8k
