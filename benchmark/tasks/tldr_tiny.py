@@ -98,7 +98,7 @@ class Args:
     sizes: list[Literal["s", "m", "l"]] = field(default_factory=lambda: ["m"])
     """policy sizes to prepare (s 0.4M, m 0.9M, l 7.7M parameters)"""
     reward_sizes: list[Literal["s", "m"]] = field(default_factory=lambda: ["m"])
-    """reward model sizes to prepare (each starts from the SFT policy of its size)"""
+    """reward model sizes to prepare (each starts from the SFT policy of its size; all learn from samples of m)"""
     train_size: int = 20_000
     """posts in the train split (SFT, reward model pairs and RL prompts all come from it)"""
     validation_size: int = 1_024
@@ -199,11 +199,11 @@ def build_sft(folder, args, size, data):
 
 
 def build_rm(folder, args, size, data):
-    """Pairs of SFT samples labelled by gold (ties dropped), one epoch; accuracy on held-out pairs."""
+    """Pairs of samples of sft-m labelled by gold (ties dropped), one epoch; accuracy on held-out pairs."""
     set_seed(args.seed + 1)
-    source = Path("tasks/tldr-tiny") / f"sft-{size}"
+    source, sampled = (Path("tasks/tldr-tiny") / f"sft-{name}" for name in (size, "m"))
     tokenizer = AutoTokenizer.from_pretrained(source)
-    policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    policy = AutoModelForCausalLM.from_pretrained(sampled, dtype=torch.float32)
 
     def pairs(rows):
         queries, facts = list(rows["query"]), list(rows["facts"])
@@ -234,7 +234,10 @@ def main(args):
         return
     task.stage("data", partial(build_data, args=args))
     data = load_from_disk(task.folder / "data")
-    for size in sorted({*args.sizes, *args.reward_sizes}):  # a reward model starts from the SFT policy of its size
+    needed = (
+        {"m", *args.reward_sizes} if args.reward_sizes else set()
+    )  # a reward model starts from the policy of its size
+    for size in sorted({*args.sizes, *needed}):
         task.stage(f"sft-{size}", partial(build_sft, args=args, size=size, data=data))
     for size in args.reward_sizes:
         task.stage(f"rm-{size}", partial(build_rm, args=args, size=size, data=data))
