@@ -1107,6 +1107,7 @@ def autocast(args: Args, device: torch.device):
 def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
     """Start vLLM with these weights. Returns (llm, send_weights): send_weights(weights) loads a snapshot."""
     os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
+    os.environ["ENGINE_PARENT"] = str(os.getpid())
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)  # CUDA's current device is each thread's own
     from vllm import LLM
@@ -1831,6 +1832,9 @@ def git_commit() -> str:
 
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # which ended before that
+        os._exit(1)
+    os.environ["ENGINE_PARENT"] = str(os.getpid())  # of tensor-parallel workers
     os.setsid()  # and by nothing else: signals to all of a terminal or a job are the learner's
 if __name__ == "__main__":
     main(tyro.cli(Args))

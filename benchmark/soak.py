@@ -118,7 +118,7 @@ def disturbed(args: Args, folder: Path) -> Counter:
         process.send_signal(signal.SIGTERM if kind == "end" else signal.SIGKILL)
         process.wait(timeout=60)
         saved = sorted((folder / "checkpoints").glob("version-??????"))
-        if kind == "alter" and saved:
+        if kind == "alter" and len(saved) > 1:  # there is an older one to go on from
             with open(saved.pop() / "optimizer.safetensors", "r+b") as f:
                 f.seek(-1, os.SEEK_END)
                 last = f.read(1)

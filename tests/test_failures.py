@@ -282,9 +282,9 @@ def marked(process):
     return found
 
 
-def left_behind(process):
-    """Its processes, once those that are ending have had 10 s, and folders in /dev/shm that no process holds."""
-    deadline = time.monotonic() + 10
+def left_behind(process, seconds=10):
+    """Its processes, once those that are ending had some time for it, and folders in /dev/shm that no process holds."""
+    deadline = time.monotonic() + seconds
     while (left := marked(process)) and time.monotonic() < deadline:
         time.sleep(0.2)
     unlocked = []
@@ -324,6 +324,18 @@ def test_a_killed_run_resumes_to_the_same_bits(task, tmp_path, undisturbed):
     assert status == 0, output
     assert same(undisturbed, metrics(folder))
     assert left_behind(process) == NOTHING
+
+
+def test_an_engine_ends_if_the_run_is_killed_while_it_starts(task):
+    """It notices at the end of its imports; vLLM alone would wait five minutes for the one who is gone."""
+    process, commands = popen(command(task)), []
+    while not any("spawn_main" in found for found in commands):
+        assert process.poll() is None, process.communicate()[0]
+        listing = ["ps", "-o", "args=", "--ppid", str(process.pid)]
+        commands = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
+    process.kill()
+    process.wait(timeout=20)
+    assert left_behind(process, seconds=60)[0] == []
 
 
 def test_the_engines_death_costs_nothing(task, tmp_path, undisturbed):
