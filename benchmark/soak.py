@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from safetensors.torch import load_file
@@ -138,6 +139,16 @@ def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     return records, load_file(folder / "policy" / "model.safetensors")
 
 
+def growth(memory: list[dict]) -> dict[str, float]:
+    """Median of the last third less that of the second, MiB: single values jump by 40, as buffers come and go."""
+    third = len(memory) // 3
+    parts = memory[third : 2 * third], memory[2 * third :]
+    return {
+        side: float(np.subtract(*(np.median([sample[side] for sample in part]) for part in reversed(parts))))
+        for side in ("learner", "engine")
+    }
+
+
 def main(args: Args) -> None:
     begin = time.time()
     one, other = Path("runs/soak/undisturbed"), Path("runs/soak/disturbed")
@@ -154,15 +165,12 @@ def main(args: Args) -> None:
     shared = [name for name, of in folders.items() if of and not os.path.exists(f"/proc/{of[1]}")]  # without a process
     processes = subprocess.run(["ps", "-A", "-o", "ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     left = [line for line in processes if "EngineCore" in line and line.split()[0] == "1"]  # without a parent
-    settled = memory[len(memory) // 10 :]  # after the start
-    grown = {side: settled[-1][side] - settled[0][side] for side in ("learner", "engine")}
-    per_batch = {side: size * 1024 / (settled[-1]["batch"] - settled[0]["batch"]) for side, size in grown.items()}
+    settled = memory[len(memory) // 10 :: max(1, len(memory) // 40)]  # after the start
     found = {
         "command": f"python -m benchmark.soak --batches {args.batches} --seconds {args.seconds} --seed {args.seed}",
         "commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "faults": counts, "equal_to_the_last_bit": equal,
         "left_in_dev_shm": shared, "engines_left": left, "minutes_with_faults": minutes,
-        "growth_of_resident_memory_mib": grown, "growth_kib_per_batch": per_batch,
-        "memory_mib": settled[:: max(1, len(settled) // 40)],
+        "growth_of_resident_memory_mib": growth(settled), "memory_mib": settled,
     }  # fmt: skip
     RESULTS.write_text(json.dumps([*json.loads(RESULTS.read_text()), found], indent=1) + "\n")
     print(json.dumps({name: value for name, value in found.items() if name != "memory_mib"}, indent=1))
