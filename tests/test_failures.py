@@ -331,7 +331,7 @@ def test_an_engine_ends_if_the_run_is_killed_while_it_starts(task):
     process, commands = popen(command(task)), []
     while not any("spawn_main" in found for found in commands):
         assert process.poll() is None, process.communicate()[0]
-        listing = ["ps", "-o", "args=", "--ppid", str(process.pid)]
+        listing = ["ps", "-ww", "-o", "args=", "--ppid", str(process.pid)]
         commands = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
     process.kill()
     process.wait(timeout=20)
