@@ -22,7 +22,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from cycler import cycler
 
 
 class Panel(NamedTuple):
@@ -118,12 +117,12 @@ def text(value) -> str:
     return f"{value:g}" if isinstance(value, float) else value
 
 
-def line(axis, rows: list[dict], x: str, y: str, label: str | None) -> None:
+def line(axis, rows: list[dict], x: str, y: str, **look) -> None:
     points = groups(last(rows), (x,)) if x in DIALS else groups(rows, ("version",))
     found = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
     where, middle, low, high = np.array(found).T
-    axis.plot(where, middle, marker="o", markersize=3, label=label)
-    axis.fill_between(where, low, high, alpha=0.15)
+    axis.plot(where, middle, marker="o", markersize=3, **look)
+    axis.fill_between(where, low, high, alpha=0.15, color=look["color"])
 
 
 def draw(name: str) -> None:
@@ -136,11 +135,15 @@ def draw(name: str) -> None:
     sharey = "row" if name in COLUMNS else False
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
     for axis, (panel, part, title) in zip(axes.flat, places):
-        axis.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * plt.rcParams["axes.prop_cycle"])
         part = select(part, panel.only)
         lines = varying(part, panel.lines)
+        seen = [
+            sorted({row[key] for row in part}) for key in lines
+        ]  # the first key is the colour, the second the dashes
         for key, group in groups(part, lines).items():
-            line(axis, group, panel.x, panel.y, ", ".join(map(text, key)))
+            colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0, 0])[:2]
+            look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes], "label": ", ".join(map(text, key))}
+            line(axis, group, panel.x, panel.y, **look)
         axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y], title=title)
         if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
@@ -187,7 +190,7 @@ def table(name: str) -> str:
     dials = tuple(dial for dial in varying(rows, DIALS) if "way" not in FIGURES[name][0].lines)  # a way says what S is
     keys = algorithm + tuple(key for key in varying(rows, FIGURES[name][0].lines) if key not in dials)
     runs = max(map(len, groups(last(rows), keys + dials).values()))
-    measures = [m for m in ("win_rate", "score", "kl", "perplexity") if isinstance(rows[0].get(m), float)]
+    measures = ["win_rate" if "win_rate" in rows[0] else "score", "kl", "perplexity"]
     if len(dials) == 1:
         values = sorted({row[dials[0]] for row in rows})
         lines = []
