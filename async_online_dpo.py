@@ -1598,11 +1598,14 @@ def close(generator: Generator | None, run: Run | None) -> None:
 
 
 def git_commit() -> str:
-    """The commit of the script's repository, marked if files differ from it; unknown outside of one."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    """The commit of the script's repository, marked if code differs from it; unknown outside of one."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    describe = [*git, "describe", "--always", "--abbrev=12", "--exclude=*"]
+    compare = [*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.sh"]
     try:
-        done = subprocess.run([*command, "--abbrev=12", "--exclude=*"], capture_output=True, text=True)
-        return done.stdout.strip() or "unknown"
+        name = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run(compare, capture_output=True).returncode
+        return name + "-dirty" * bool(changed) if name else "unknown"
     except OSError:
         return "unknown"
 

@@ -7,4 +7,4 @@ set -euo pipefail
 SEEDS=${SEEDS:-1,2,3,4,5}
 run epochs async_online_dpo.py --num-epochs 1,2,3
 run epochs async_ppo.py --num-epochs 1,2,3
-[ -n "${DRY:-}" ] || $python -m benchmark.plot epochs
+draw epochs

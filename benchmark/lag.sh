@@ -18,4 +18,4 @@ run lag async_online_dpo.py "${short[@]}" --max-staleness $some --dpo-loss ipo,b
 for script in async_online_dpo.py async_rloo.py async_ppo.py; do
     run lag $script "${short[@]}" --max-staleness 0,16 --learning-rate $rates
 done
-[ -n "${DRY:-}" ] || $python -m benchmark.plot lag
+draw lag

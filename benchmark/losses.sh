@@ -8,4 +8,4 @@ run losses sync_baseline.py --algo online_dpo "${short[@]}" --dpo-loss dpo,ipo,b
 run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour,cispo --num-mini-batches 1,4,16,64
 run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,copg,asymre --num-mini-batches 1,4,16,64
 run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr --num-mini-batches 4,16,64
-[ -n "${DRY:-}" ] || $python -m benchmark.plot losses
+draw losses

@@ -2,6 +2,7 @@
 # The paper's GSM8K table: accuracy and time, asynchronous and synchronous, three algorithms. tiny: math-tiny; paper: Rho 1B.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
+export JOBS=1 # its times count
 case $scale in
 tiny)
     [ -n "${DRY:-}" ] || [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
@@ -25,4 +26,4 @@ for seed in $(tr , ' ' <<< "${SEEDS:-1,2,3}"); do # in turn: times drift
         SEEDS=$seed colocate math --algo $algo
     done
 done
-[ -n "${DRY:-}" ] || $python -m benchmark.plot math
+draw math

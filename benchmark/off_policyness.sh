@@ -7,4 +7,4 @@ for n in 1 2 4 8 16 32 64; do
     [ "$scale" = paper ] || short+=(--eval-every $((n < 16 ? 16 / n : 1))) # after 16 updates each
     run off_policyness sync_baseline.py --algo ppo "${short[@]}" --num-mini-batches $n --lr-schedule per_batch,per_update
 done
-[ -n "${DRY:-}" ] || $python -m benchmark.plot off_policyness
+draw off_policyness

@@ -9,4 +9,4 @@ esac
 for algo in online_dpo rloo ppo; do
     run overoptimisation async_$algo.py
 done
-[ -n "${DRY:-}" ] || $python -m benchmark.plot overoptimisation
+draw overoptimisation

@@ -36,8 +36,9 @@ DIALS = {"max_staleness": "S: lag in batches", "num_mini_batches": "N: mini-batc
 DIALS |= {"num_epochs": "T: epochs per batch", "samples_per_prompt": "K: samples per prompt"}
 LABELS = DIALS | {"win_rate": "gold win-rate", "kl": "KL to the reference, per response", "score": "proxy reward"}
 LABELS |= {"seconds": "seconds of training", "episodes": "completions", "gold_score": "gold reward"}
+LABELS |= {"accuracy": "accuracy on held-out problems"}
 FIGURES = {
-    "async_vs_sync": [Panel(x, "win_rate", ("policy", "way")) for x in ("episodes", "seconds")],
+    "async_vs_sync": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "off_policyness": [
         Panel("num_mini_batches", "win_rate", ("lr_schedule",)),
         Panel("num_mini_batches", "kl", ("lr_schedule",)),
@@ -47,8 +48,8 @@ FIGURES = {
     "scale": [Panel("num_mini_batches", y, ("policy", "judge")) for y in ("win_rate", "kl")],
     "epochs": [Panel(x, "win_rate", ("num_epochs",)) for x in ("episodes", "kl")],
     "samples": [Panel(x, "win_rate", ("samples_per_prompt",)) for x in ("episodes", "kl", "seconds")],
-    "lag": [Panel("max_staleness", y, ("loss", "learning_rate")) for y in ("win_rate", "kl")],
-    "math": [Panel(x, "score", ("way",)) for x in ("episodes", "seconds")],
+    "lag": [Panel("max_staleness", "win_rate", ("loss", "learning_rate"))],
+    "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm",)) for y in ("win_rate", "score", "gold_score")],
 }
 COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "math")  # these have a column of panels for each algorithm
@@ -59,8 +60,7 @@ OWN_LOSS = {
 }  # losses that are this one at S = 0 were not run there
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
 MARGIN = 2.0  # points of win-rate or accuracy: less is called equal
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}  # two-sided, of so many values
-T_95 |= {10: 2.262, 11: 2.228, 12: 2.201, 13: 2.179, 14: 2.160, 15: 2.145}
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def number(value: str) -> float | str:
@@ -81,7 +81,7 @@ def meaning(row: dict) -> dict:
     algorithm = row["algo"] or row["script"].removeprefix("async_")
     way = f"S={row['max_staleness']:.0f}" if row["script"].startswith("async") else row["placement"]
     names = {"policy": Path(row["model"]).name, "judge": Path(row["reward"]).name, "algorithm": algorithm, "way": way}
-    return row | names | {"loss": row[algorithm.removeprefix("online_") + "_loss"]}
+    return row | names | {"loss": row[algorithm.removeprefix("online_") + "_loss"], "accuracy": row.get("score")}
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -127,12 +127,16 @@ def line(axis, rows: list[dict], x: str, y: str, **look) -> None:
 
 def draw(name: str) -> None:
     """A column of panels for each algorithm, or a row of all panels."""
-    rows = read(name)
-    columns = groups(rows, ("algorithm",)) if name in COLUMNS else {("",): rows}
-    places = [(panel, part, title) for panel in FIGURES[name] for (title,), part in columns.items()]
-    shape = (len(FIGURES[name]), len(columns)) if name in COLUMNS else (1, len(FIGURES[name]))
+    rows, kind = read(name), name.removesuffix("-paper")
+    columns = groups(rows, ("algorithm",)) if kind in COLUMNS else {("",): rows}
+    panels = FIGURES[kind]
+    if kind == "async_vs_sync":  # rows for each size
+        sizes = groups(rows, ("policy",))
+        panels = [panel._replace(only={"policy": size}) for (size,) in sizes for panel in panels]
+    places = [(panel, part, title) for panel in panels for (title,), part in columns.items()]
+    shape = (len(panels), len(columns)) if kind in COLUMNS else (1, len(panels))
     size = (5.2 * shape[1], 4 * shape[0])
-    sharey = "row" if name in COLUMNS else False
+    sharey = "row" if kind in COLUMNS else False
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
     for axis, (panel, part, title) in zip(axes.flat, places):
         part = select(part, panel.only)
@@ -144,7 +148,8 @@ def draw(name: str) -> None:
             colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0, 0])[:2]
             look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes], "label": ", ".join(map(text, key))}
             line(axis, group, panel.x, panel.y, **look)
-        axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y], title=title)
+        axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y])
+        axis.set_title(", ".join(filter(None, [title, panel.only.get("policy")])))
         if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
@@ -154,10 +159,9 @@ def draw(name: str) -> None:
     plt.close(figure)
 
 
-def lag() -> None:
+def lag(name: str) -> None:
     """Every loss against S: points of win-rate more than at S = 0, in black where surely so; ×: a run diverged."""
-    everything = read("lag")
-    rows = last(everything)
+    rows = read(name)
     lines = groups(rows, ("algorithm", "loss", "learning_rate"))
     dials = [dial for (dial,) in groups(rows, ("max_staleness",)) if dial]
     change = np.full((len(lines), len(dials)), np.nan)
@@ -169,9 +173,9 @@ def lag() -> None:
             same = own.replace(f"loss={loss}", f"loss={OWN_LOSS[algorithm]}")
         for j, dial in enumerate(dials):
             found = differences(rows, f"{own} S={dial}", f"{same} S=0")
-            if any(row["diverged"] for row in select(everything, sides(f"{own} S={dial}")[0])):
+            if np.isnan(found).any():
                 axis.text(j, i, "×", ha="center", va="center")
-            elif len(found) > 1:
+            elif len(found) > 2:
                 change[i, j], low, high = t_interval(found)
                 colour = "black" if low > 0 or high < 0 else "grey"
                 axis.text(j, i, f"{change[i, j]:+.1f}", ha="center", va="center", fontsize=8, color=colour)
@@ -179,22 +183,27 @@ def lag() -> None:
     axis.set_xticks(range(len(dials)), [f"S = {dial:g}" for dial in dials])
     axis.set_yticks(range(len(lines)), [f"{a}: {b}, {c:g}" for a, b, c in lines], fontsize=8)
     figure.colorbar(image, label="gold win-rate, points from S = 0")
-    figure.savefig("benchmark/figures/lag_map.png", dpi=90)
+    figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
     plt.close(figure)
 
 
 def table(name: str) -> str:
     """Last evaluations, mean [95 % interval] over seeds: a line for each group, a column for each value of a dial."""
-    rows = read(name)
-    algorithm = ("algorithm",) if name in COLUMNS else ()
-    dials = tuple(dial for dial in varying(rows, DIALS) if "way" not in FIGURES[name][0].lines)  # a way says what S is
-    keys = algorithm + tuple(key for key in varying(rows, FIGURES[name][0].lines) if key not in dials)
+    rows, kind = read(name), name.removesuffix("-paper")
+    lines = FIGURES[kind][0].lines
+    dials = tuple(dial for dial in varying(rows, DIALS) if "way" not in lines)  # a way says what S is
+    keys = tuple(key for key in varying(rows, dict.fromkeys(("policy", "judge", *lines))) if key not in dials)
+    keys = ("algorithm",) * (kind in COLUMNS) + keys
     runs = max(map(len, groups(last(rows), keys + dials).values()))
-    measures = ["win_rate" if "win_rate" in rows[0] else "score", "kl", "perplexity"]
+    measures = ["win_rate" if "win_rate" in rows[0] else "accuracy", "kl"]
+    measures += ["seconds"] * (kind == "samples") + ["step_seconds"] * ("way" in lines)
+    for group in groups(last(rows), keys + dials).values():
+        if len({row["seed"] for row in group}) < len(group):
+            raise SystemExit(f"benchmark.plot: {name} has runs of more than one grid, as {group[0]['command']}")
     if len(dials) == 1:
         values = sorted({row[dials[0]] for row in rows})
         lines = []
-        for measure in (measures[0], "kl"):
+        for measure in measures:
             lines += [f"{LABELS[measure]}:", "", *head([*keys, *(f"{DIALS[dials[0]][0]} = {v:g}" for v in values)])]
             for key, group in groups(last(rows), keys).items():
                 parts = groups(group, dials)
@@ -202,7 +211,6 @@ def table(name: str) -> str:
                 lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
             lines.append("")
     else:
-        measures += ["step_seconds"] if "way" in FIGURES[name][0].lines else []
         lines = head([*keys, *measures])
         for key, group in groups(last(rows), keys).items():
             cells = [brief([row[measure] for row in group if row[measure] != ""], runs) for measure in measures]
@@ -241,17 +249,53 @@ def sides(cell: str) -> list[dict]:
 
 
 def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rate", pairs: str = "seed") -> list[float]:
-    """Of each pair that is complete: win-rates and scores in points, KL in nats, of times the ratio in %."""
+    """Of each pair that is complete, `plus` less `minus`: the differences, in the unit of the measure.
+
+    win_rate, accuracy     points
+    kl                     nats
+    seconds, step_seconds  % (runs that had the machine for themselves)
+    episodes_to            completions until `plus` has the last win-rate of `minus`, against those of `minus`, in %
+    win_rate_at_kl         points above the curve of `minus` at the same KL
+    kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
+                           and two less the same share of the second of `minus` over that of `plus`
+    """
     values = []
-    for sign, side in [(1, side) for side in sides(plus)] + [(-1, side) for side in sides(minus)]:
-        found = select(rows if "version" in side else last(rows), side)
-        values.append((sign, {tuple(row[key] for key in pairs.split()): row[measure] for row in found}))
-        assert len(values[-1][1]) == len(found), f"{side}: more than one run for a pair"
-    common = sorted(set.intersection(*(set(found) for _, found in values)))
-    if measure in ("seconds", "step_seconds"):
-        (_, new), (_, old) = values
-        return [100 * (new[pair] / old[pair] - 1) for pair in common]
-    return [(1 if measure == "kl" else 100) * sum(sign * found[pair] for sign, found in values) for pair in common]
+    for side in sides(plus) + sides(minus):
+        runs = defaultdict(list)
+        for row in select(rows, {key: value for key, value in side.items() if key != "version"}):
+            if "seconds" not in measure or row["jobs"] == 1:
+                runs[tuple(row[key] for key in pairs.split())].append(row)
+        for pair, run in runs.items():
+            if len({row["command"] for row in run}) > 1:
+                raise SystemExit(f"benchmark.plot: more than one run of {side} for {pair}")
+        if "version" in side:
+            runs = {pair: [row for row in run if row["version"] <= side["version"]] for pair, run in runs.items()}
+        values.append(runs)
+    common = sorted(set.intersection(*map(set, values)))
+    return [difference([runs[pair] for runs in values], measure) for pair in common]
+
+
+def difference(runs: list[list[dict]], measure: str) -> float:
+    """Of runs, each the rows of its evaluations: the first half less the second; not a number where one diverged."""
+    if any(row["diverged"] for run in runs for row in run):
+        return float("nan")
+    gains = [100 * (run[-1]["win_rate"] - run[0]["win_rate"]) for run in runs if measure == "kept"]
+    curve = {key: [row[key] for row in runs[-1]] for key in ("win_rate", "kl") if key in runs[-1][0]}
+    match measure, len(runs):
+        case "kept", 2:
+            return 100 * (gains[0] / gains[1] - 1)
+        case "kept", 4:
+            return 100 * (gains[0] / gains[2] - gains[3] / gains[1])
+        case "win_rate_at_kl", 2:
+            new = runs[0][-1]
+            return 100 * (new["win_rate"] - np.interp(new["kl"], curve["kl"], curve["win_rate"]))
+        case "episodes_to", 2:
+            reached = [row["episodes"] for row in runs[0] if row["win_rate"] >= runs[1][-1]["win_rate"]]
+            return 100 * (reached[0] / runs[1][-1]["episodes"] - 1) if reached else float("nan")
+        case (("seconds" | "step_seconds"), 2):
+            return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
+    new, old = (sum(run[-1][measure] for run in half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
+    return (new - old) * (1 if measure == "kl" else 100)
 
 
 def verdict(paper: str, low: float, high: float) -> str:
@@ -269,10 +313,13 @@ def claims() -> str:
         name, found, here, answer = row["experiment"], [], "not run yet", ""
         if Path(f"benchmark/results/{name}.csv").exists():
             found = differences(read(name), row["plus"], row["minus"], row["measure"], row["pairs"])
-        if len(found) > 1:
+        if np.isnan(found).any():
+            here = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
+        elif len(found) > 2:
             mean, low, high = t_interval(found)
-            unit = {"kl": "nats", "seconds": "%", "step_seconds": "%"}.get(row["measure"], "points")
-            here, answer = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}", verdict(row["paper"], low, high)
+            unit = {"kl": "nats", "win_rate": "points", "accuracy": "points", "win_rate_at_kl": "points"}
+            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit.get(row['measure'], '%')}"
+            answer = verdict(row["paper"], low, high)
         cells = [f"`{name}`", row["claim"], row["paper"], row["expected"], here, str(len(found)), answer]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -311,14 +358,18 @@ def main(*names: str) -> None:
     page = Path("benchmark/README.md")
     if not names:
         weights()
-    for name in names or [name for name in FIGURES if Path(f"benchmark/results/{name}.csv").exists()]:
-        if name not in FIGURES or not Path(f"benchmark/results/{name}.csv").exists():
-            raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(FIGURES)}")
-        draw(name)
-        if name == "lag":
-            lag()
-        include(page, name, table(name))
-        print(f"benchmark/figures/{name}.png, and its table in {page}")
+    have = [
+        name for kind in FIGURES for name in (kind, f"{kind}-paper") if Path(f"benchmark/results/{name}.csv").exists()
+    ]
+    for name in names or have:
+        if name not in have:
+            raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(have)}")
+        (lag if name.startswith("lag") else draw)(name)
+        if name.endswith("-paper"):
+            Path(f"benchmark/figures/{name}.md").write_text(table(name))
+        else:
+            include(page, name, table(name))
+        print(f"benchmark/figures/{name}.png, and its table")
     include(page, "claims", claims())
 
 

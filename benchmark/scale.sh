@@ -8,4 +8,4 @@ for model in "${sizes[@]}"; do
     run scale sync_baseline.py --algo online_dpo "${short[@]}" --model "$model" --num-mini-batches 1,4,16
 done
 run scale sync_baseline.py --algo online_dpo "${short[@]}" --reward "$other_reward" --num-mini-batches 1,4,16
-[ -n "${DRY:-}" ] || $python -m benchmark.plot scale
+draw scale

@@ -52,7 +52,7 @@ def note(part: str, what: str, values: list[float], unit: str) -> float:
     packages = {name: version(name) for name in ("torch", "transformers")} | {"vllm": engine_version()}
     line = {"date": time.strftime("%Y-%m-%d"), "part": part, "what": what, "median": round(middle, 4)}
     line |= {"least": round(min(values), 4), "most": round(max(values), 4), "n": len(values), "unit": unit}
-    line |= {"command": f"python -m benchmark.speed {part}", "commit": commit()} | packages
+    line |= {"command": f"python -m benchmark.speed {part}", "commit": dpo.git_commit()} | packages
     line |= {"machine": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()}
     new = not RESULTS.exists()
     with RESULTS.open("a") as f:
@@ -63,13 +63,6 @@ def note(part: str, what: str, values: list[float], unit: str) -> float:
     spread = f"({min(values):.3f} to {max(values):.3f}, n {len(values)})"
     print(f"{part:10}  {what:60}  {middle:9.3f} {unit}  {spread}", flush=True)
     return middle
-
-
-def commit() -> str:
-    """As in the scripts, but results that were just written do not count as changes."""
-    others = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmark/results"]
-    clean = subprocess.run(others).returncode == 0
-    return dpo.git_commit().removesuffix("-dirty") if clean else dpo.git_commit()
 
 
 def engine_version() -> str:

@@ -3,6 +3,7 @@
 import csv
 import glob
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -81,6 +82,25 @@ def test_verdict(paper, low, high, answer):
     assert plot.verdict(paper, low, high) == answer
 
 
+def test_differences():
+    """The last win-rate, that at the same KL, the gain kept, completions until, and no number of a diverged run."""
+    rows = []
+    for loss, seed, rates, kls in [("a", 1, (0.2, 0.3, 0.4), (0, 1, 2)), ("b", 1, (0.2, 0.25, 0.3), (0, 0.5, 1.5))]:
+        for version, (rate, kl) in enumerate(zip(rates, kls)):
+            row = {"loss": loss, "seed": seed, "version": version, "win_rate": rate, "kl": kl, "episodes": 10 * version}
+            rows.append(row | {"command": f"{loss} {seed}", "diverged": "", "jobs": 1.0, "step_seconds": 2.0 + version})
+    for measure, expected in [("win_rate", -10), ("kl", -0.5), ("win_rate_at_kl", -5), ("kept", -50)]:
+        assert plot.differences(rows, "loss=b", "loss=a", measure) == pytest.approx([expected]), measure
+    assert plot.differences(rows, "loss=a", "loss=b", "episodes_to") == pytest.approx([-50])
+    assert plot.differences(rows, "loss=a version=2", "loss=a version=1") == pytest.approx([10])
+    assert plot.differences(rows, "loss=b + loss=a", "loss=a + loss=b", "kept") == pytest.approx([0])
+    rows[-1]["diverged"] = "yes"
+    assert math.isnan(plot.differences(rows, "loss=b", "loss=a")[0])
+    for row in rows:
+        row["jobs"] = 2.0
+    assert plot.differences(rows, "loss=b", "loss=a", "step_seconds") == []
+
+
 def test_t_interval():
     """1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 4.303."""
     assert plot.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
@@ -109,24 +129,24 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     script = os.path.join(HERE, "async_online_dpo.py")
     monkeypatch.setenv("JOBS", "2")
-    run.main("lag", script, *options, "--seed=1,2")
+    run.main("lag", script, *options, "--seed=1,2,3")
     with open("benchmark/results/lag.csv") as f:
         rows = list(csv.DictReader(f))
-    assert [(row["seed"], row["jobs"]) for row in rows] == [("1", "2")] * 3 + [("2", "2")] * 3
+    assert [(row["seed"], row["jobs"]) for row in rows] == [(seed, "2") for seed in "123" for _ in range(3)]
     page = tmp_path / "benchmark/README.md"
     page.write_text("<!-- claims -->\n<!-- end -->\n<!-- lag -->\n<!-- end -->\n")
     (tmp_path / "benchmark/claims.csv").write_text(
         "experiment,claim,paper,expected,measure,pairs,plus,minus\nlag,nothing,,,win_rate,seed,S=1,S=1\n"
     )
     plot.main("lag")
-    assert "win_rate" in page.read_text() and "+0.0 [+0.0, +0.0] points | 2" in page.read_text()
-    assert os.path.exists("benchmark/figures/lag.png") and os.path.exists("benchmark/figures/lag_map.png")
+    assert "win_rate" in page.read_text() and "+0.0 [+0.0, +0.0] points | 3" in page.read_text()
+    assert os.path.exists("benchmark/figures/lag.png")
 
-    run.main("lag", script, *options, "--seed=1,2")
-    assert capsys.readouterr().out.count("--output-dir") == 2
+    run.main("lag", script, *options, "--seed=1,2,3")
+    assert capsys.readouterr().out.count("--output-dir") == 3
     folder = next(path for path in (tmp_path / "runs/lag").iterdir() if path.is_dir())
     os.remove(folder / "summary.json")
-    run.main("lag", script, *options, "--seed=1,2")
+    run.main("lag", script, *options, "--seed=1,2,3")
     assert "--resume" in capsys.readouterr().out and json.loads((folder / "summary.json").read_text())
     with pytest.raises(SystemExit, match="failed with status"):
         run.main("lag", script, *options, "--max-staleness=-1")
