@@ -48,7 +48,7 @@ def test_every_claim_has_its_runs():
         claims = list(csv.DictReader(f))
     rows = {name: [] for name in {claim["experiment"] for claim in claims}}
     for name, found in rows.items():
-        bash = ["bash", f"benchmark/{name}.sh"]
+        bash = ["bash", f"benchmark/{name.removesuffix('_greedy')}.sh"]
         done = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
             script, *options = shlex.split(line)
