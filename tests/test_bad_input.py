@@ -75,6 +75,8 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(query_column="qury"), "split train of {}/data has the columns query, reference, did you mean query?"),
     (DPO, dict(reference_column="answer"), "--reference-column answer: split train of {}/data has the columns"),
     (DPO, dict(dataset="{}/numbers"), "--query-column query: it must hold text, and holds int"),
+    (DPO, dict(dataset="{}/input_ids"), "{}/input_ids has a column input_ids, a name that the script needs itself"),
+    (DPO, dict(dataset="{}/responses"), "{}/responses has a column responses, a name that the script needs itself"),
     (DPO, dict(prompt_length=2), "has 0 prompts within --prompt-length 2 tokens: every learner"),
     (DPO, dict(prompt_length=120), "--prompt-length 120 + --response-length 12 + 1 is more than the 128 positions of"),
     (DPO, dict(batch_size=1024, total_episodes=1024), "256 prompts are fewer than the 512 of one batch"),
@@ -113,6 +115,9 @@ def task(tmp_path_factory):
         f.write(f"open('{folder}/code-was-run', 'w')")
     numbers = Dataset.from_dict({"query": [1, 2], "reference": ["a", "b"]})
     DatasetDict({"train": numbers, "validation": numbers}).save_to_disk(f"{folder}/numbers")
+    for name in ("input_ids", "responses"):
+        taken = Dataset.from_dict({"query": ["Q: w1 A:"], "reference": ["w2"], name: ["w3"]})
+        DatasetDict({"train": taken, "validation": taken}).save_to_disk(f"{folder}/{name}")
     return folder
 
 
@@ -151,6 +156,7 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch):
         (DPO, 4, 4, {}, "4 learners on 4 GPU(s): start 3, the last 1 are vLLM's"),
         (DPO, 3, 4, dict(generator_tensor_parallel=2), "3 learners on 4 GPU(s): start 2, the last 2 are vLLM's"),
         (DPO, 1, 0, dict(generator_tensor_parallel=2), "--generator-tensor-parallel 2 needs as many GPUs beside the"),
+        (DPO, 1, 2, dict(generator_tensor_parallel=2), "as many GPUs beside the learners'; there are 2"),
         (DPO, 2, 0, dict(eval_prompts=1), "--eval-prompts 1 is less than the 2 learners: raise it"),
         (SYNC, 3, 2, dict(placement="colocate"), "3 learners on 2 GPU(s): start 2"),
         (DPO, 3, 0, {}, "--batch-size 32 does not divide into 3 learner(s) x 2 samples per prompt: take a mul"),

@@ -169,6 +169,12 @@ def test_a_wrong_reward_function_is_refused(run, reward, error, message):
     assert "learner: label step 0" in notes and "there is no checkpoint (--save-every)" in notes
 
 
+def test_a_reward_function_that_ends_the_process_is_no_signal(run, capfd):
+    with pytest.raises(SystemExit, match="3"):
+        run("run", reward="tests.tiny:leaving_reward")
+    assert "ended in batch 0 of 6, by sys.exit(3); there is no checkpoint" in capfd.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(run):
     message = "update 0 of batch 0: the norm of the gradients is (nan|inf): look at the scores, or lower --learning-"
     fails(run, FloatingPointError, message, async_rloo, reward="tests.tiny:huge_reward", rloo_loss="vanilla")
@@ -207,6 +213,47 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
     assert same(metrics(whole), metrics(run("run", resume=True, save_every=2)[0]))
 
 
+def test_a_full_disk_after_a_signal_leaves_no_engine(run, monkeypatch):
+    """The checkpoint that a signal asks for fails while the learner waits: the generator is closed nevertheless."""
+
+    def wait(generator, name):
+        if name == "batch-3":
+            raise SystemExit(128 + signal.SIGTERM)
+        return wait_for(generator, name)
+
+    def write(*arguments):
+        with full_disk():
+            write_checkpoint(*arguments)
+
+    wait_for, write_checkpoint = script.Generator.wait, script.write_checkpoint
+    monkeypatch.setattr(script.Generator, "wait", wait)
+    monkeypatch.setattr(script, "write_checkpoint", write)
+    with pytest.raises(OSError, match="version-000003.tmp/model.safetensors could not be written"):
+        run("run")
+    assert not [thread for thread in threading.enumerate() if thread.name == "generator"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_old_one_goes(run, monkeypatch):
+    """Its files, then its folder, then the folder with its new name; only then is anything deleted."""
+    order, fsync = [], os.fsync
+
+    def synced(descriptor):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def deleted(path, *rest, **options):
+        order.append(f"delete {os.path.basename(path)}")
+        rmtree(path, *rest, **options)
+
+    rmtree = script.shutil.rmtree
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(script.shutil, "rmtree", deleted)
+    run("run", save_every=1)
+    third = order[order.index("version-000003.tmp") - 4 : order.index("delete version-000001") + 1]
+    assert {"model.safetensors", "optimizer.safetensors", "state.json"} <= set(third[:4])
+    assert third[4] == "version-000003.tmp" and third[-2:] == ["checkpoints", "delete version-000001"]
+
+
 def test_full_shared_memory_ends_the_run(run, monkeypatch):
     def snapshot(policy, version, *rest):
         with full_disk() if version == 2 else contextlib.nullcontext():
@@ -225,6 +272,21 @@ def test_folders_in_shared_memory_go_with_their_process_only():
     script.shared_memory_folder().cleanup()
     assert not os.path.exists(one.name) and os.path.exists(other.name)
     other.cleanup()
+
+
+def test_no_other_run_finds_a_folder_in_shared_memory_before_it_is_locked(monkeypatch):
+    """A run that starts at the moment in which another one locks its folder must not take that for left over."""
+
+    def lock(file, how):
+        if how == fcntl.LOCK_EX:
+            assert not os.path.exists(os.path.join(os.path.dirname(file.name), "lock"))
+        flock(file, how)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock)
+    folder = script.shared_memory_folder()
+    assert os.path.exists(os.path.join(folder.name, "lock"))
+    folder.cleanup()
 
 
 def test_weights_and_biases_offline(run, monkeypatch, tmp_path):

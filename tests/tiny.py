@@ -24,6 +24,10 @@ def broken_reward(prompts: list[str], responses: list[str], **columns) -> list[f
     return [1 / 0]
 
 
+def leaving_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
+    raise SystemExit(3)
+
+
 def nan_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
     return [float("nan")] * len(responses)
 
