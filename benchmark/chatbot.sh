@@ -4,8 +4,8 @@
 # `bash benchmark/sft_and_reward.sh no_robots meta-llama/Llama-3.1-8B` makes them. The judge is at JUDGE_URL, see benchmark/judge.py.
 # 252 completions an update instead of 256.
 set -euo pipefail
-LEARNERS=${LEARNERS:-7}
-. "$(dirname "$0")/scales.sh" paper
+LEARNERS=${LEARNERS:-7} scales=paper
+. "$(dirname "$0")/scales.sh" "${1:-paper}"
 dpo=()
 [ -n "${DRY:-}" ] || [ -e tasks/no-robots/data ] || $python -m benchmark.tasks.no_robots
 flags+=(--model models/no_robots-sft --reward models/no_robots-reward

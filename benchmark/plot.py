@@ -127,7 +127,7 @@ def line(axis, rows: list[dict], x: str, y: str, **look) -> None:
 
 def draw(name: str) -> None:
     """A column of panels for each algorithm, or a row of all panels."""
-    rows, kind = read(name), name.removesuffix("-paper")
+    rows, kind = read(name), name.partition("-")[0]
     columns = groups(rows, ("algorithm",)) if kind in COLUMNS else {("",): rows}
     panels = FIGURES[kind]
     if kind == "async_vs_sync":  # rows for each size
@@ -189,7 +189,7 @@ def lag(name: str) -> None:
 
 def table(name: str) -> str:
     """Last evaluations, mean [95 % interval] over seeds: a line for each group, a column for each value of a dial."""
-    rows, kind = read(name), name.removesuffix("-paper")
+    rows, kind = read(name), name.partition("-")[0]
     lines = FIGURES[kind][0].lines
     dials = tuple(dial for dial in varying(rows, DIALS) if "way" not in lines)  # a way says what S is
     keys = tuple(key for key in varying(rows, dict.fromkeys(("policy", "judge", *lines))) if key not in dials)
@@ -358,9 +358,8 @@ def main(*names: str) -> None:
     page = Path("benchmark/README.md")
     if not names:
         weights()
-    have = [
-        name for kind in FIGURES for name in (kind, f"{kind}-paper") if Path(f"benchmark/results/{name}.csv").exists()
-    ]
+    names_of = {kind: (kind, f"{kind}-docstrings", f"{kind}-paper") for kind in FIGURES}
+    have = [name for kind in FIGURES for name in names_of[kind] if Path(f"benchmark/results/{name}.csv").exists()]
     for name in names or have:
         if name not in have:
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(have)}")

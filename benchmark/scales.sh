@@ -1,9 +1,10 @@
-# Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download) or paper (TL;DR,
-# 4 GPUs: three learn, or LEARNERS, and one generates). Sets `scale`, `sizes` of the policy, `flags` that all runs of an
+# Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download), paper (TL;DR,
+# 4 GPUs: three learn, or LEARNERS, and one generates) or, in async_vs_sync.sh, docstrings (real text on 2 cores). Sets `scale`, `sizes` of the policy, `flags` that all runs of an
 # experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short` for those with few but large batches (tiny: 64 updates);
 # what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scale=${1:-tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=() more=()
+[[ " ${scales:=tiny or paper} " == *" $scale "* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
 case $scale in
 tiny)
     [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/info.json ] || $python -m benchmark.tasks.tldr_tiny
@@ -12,6 +13,13 @@ tiny)
     flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 1024
         --eval-temperature 0.7) # as in training: near-greedy, every response of so small a policy is one of three templates
     short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 1000)
+    ;;
+docstrings)
+    [ -n "${DRY:-}" ] || [ -e tasks/docstrings/info.json ] || $python -m benchmark.tasks.docstrings
+    sizes=(tasks/docstrings/sft) suffix=-docstrings
+    flags=(--dataset tasks/docstrings/data --reward tasks/docstrings/rm --gold benchmark.tasks.docstrings:gold
+        --dtype bfloat16 --batch-size 32 --micro-batch-size 32 --total-episodes 1920 --prompt-length 100
+        --response-length 24 --learning-rate 2e-5 --eval-split test --eval-every 10)
     ;;
 paper)
     tldr=vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144
@@ -31,10 +39,6 @@ paper)
     export LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node $learners"
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds to write a checkpoint after a signal
     ;;
-*)
-    echo "$0: the scale is tiny or paper, not $scale" >&2
-    exit 2
-    ;;
 esac
 prepare_sizes() {  # of the policy and the reward model, 12 minutes
     [ "$scale" = paper ] || [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/rm-s ] ||
@@ -47,7 +51,7 @@ run() { # run NAME SCRIPT --flag value[,value...] ...
 }
 colocate() { # run NAME with the synchronous baseline, placement colocate: at paper scale all GPUs learn
     local shared=()
-    [ "$scale" = tiny ] || shared=(--gpu-memory-utilization 0.3)
+    [ "$scale" != paper ] || shared=(--gpu-memory-utilization 0.3)
     LAUNCH=${LAUNCH:+${LAUNCH% *} $((learners + 1))} run "$1" sync_baseline.py --placement colocate "${shared[@]}" "${@:2}"
 }
 draw() { # draw NAME: its figure and table
