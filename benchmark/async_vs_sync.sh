@@ -17,6 +17,7 @@ for seed in $(tr , ' ' <<< "$SEEDS"); do # in turn: times drift
     for model in "${sizes[@]}"; do
         own=(--model "$model")
         [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)
+        [[ $model != *sft-l ]] || own+=(--learning-rate 8e-5 --total-episodes 2048 --eval-every 4) # moves as far as m (scale.sh)
         for algo in "${algos[@]}"; do
             SEEDS=$seed run async_vs_sync async_$algo.py "${own[@]}"
             SEEDS=$seed run async_vs_sync sync_baseline.py --algo $algo "${own[@]}"

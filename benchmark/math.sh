@@ -4,12 +4,7 @@ set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 export JOBS=1 # its times count
 case $scale in
-tiny)
-    [ -n "${DRY:-}" ] || [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
-    flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward --gold ""
-        --samples-per-prompt 4 --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
-        --prompt-length 64 --response-length 48 --eval-temperature 0.01 --eval-every 6) # near-greedy, as the paper
-    ;;
+tiny) math_tiny && flags+=(--samples-per-prompt 4 --eval-every 6) ;;
 paper) # ours: sizes that divide among 3 and 4 learners, PPO's number of updates, an unfinished response counts as wrong
     [ -n "${DRY:-}" ] || [ -e tasks/gsm8k/data ] || $python -m benchmark.tasks.gsm8k
     flags+=(--model realtreetune/rho-1b-sft-GSM8K --dataset tasks/gsm8k/data --reward benchmark.tasks.gsm8k:reward --gold ""

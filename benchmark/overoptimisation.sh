@@ -9,4 +9,8 @@ esac
 for algo in online_dpo rloo ppo; do
     run overoptimisation async_$algo.py
 done
+if [ "$scale" = tiny ]; then # with hardly a KL penalty
+    run overoptimisation async_rloo.py --kl-coef 0.005
+    run overoptimisation async_ppo.py --kl-coef 0.005
+fi
 draw overoptimisation

@@ -1,8 +1,8 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
 From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png; the tables go into
-benchmark/README.md, between <!-- NAME --> and <!-- end -->. Lines and bands are the mean over seeds and its 95 %
-bootstrap interval; of three seeds that is their range, which is too narrow.
+benchmark/README.md, between <!-- NAME --> and <!-- end -->, and a summary into README.md. Lines and bands are the mean
+over seeds and its 95 % bootstrap interval; of three seeds that is their range, which is too narrow.
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
 runs, `plus` less `minus`, paired by seed. It is reproduced where the 95 % t-interval of the mean difference agrees with
@@ -45,12 +45,13 @@ FIGURES = {
         Panel("kl", "win_rate", ("num_mini_batches",), {"lr_schedule": "per_update"}),
     ],
     "losses": [Panel("num_mini_batches", y, ("loss",)) for y in ("win_rate", "kl")],
-    "scale": [Panel("num_mini_batches", y, ("policy", "judge")) for y in ("win_rate", "kl")],
+    "scale": [Panel("num_mini_batches", y, ("policy", "judge", "learning_rate")) for y in ("win_rate", "kl")],
     "epochs": [Panel(x, "win_rate", ("num_epochs",)) for x in ("episodes", "kl")],
-    "samples": [Panel(x, "win_rate", ("samples_per_prompt",)) for x in ("episodes", "kl", "seconds")],
+    "epochs_time": [Panel(x, "accuracy", ("num_epochs",)) for x in ("episodes", "kl", "seconds")],
+    "samples": [Panel(x, "win_rate", ("samples_per_prompt", "learning_rate")) for x in ("episodes", "kl", "seconds")],
     "lag": [Panel("max_staleness", "win_rate", ("loss", "learning_rate"))],
     "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
-    "overoptimisation": [Panel("kl", y, ("algorithm",)) for y in ("win_rate", "score", "gold_score")],
+    "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
 COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "math")  # these have a column of panels for each algorithm
 OWN_LOSS = {
@@ -81,6 +82,7 @@ def meaning(row: dict) -> dict:
     algorithm = row["algo"] or row["script"].removeprefix("async_")
     way = f"S={row['max_staleness']:.0f}" if row["script"].startswith("async") else row["placement"]
     names = {"policy": Path(row["model"]).name, "judge": Path(row["reward"]).name, "algorithm": algorithm, "way": way}
+    names["beta"] = row.get("beta" if algorithm == "online_dpo" else "kl_coef")  # the strength of the KL term
     return row | names | {"loss": row[algorithm.removeprefix("online_") + "_loss"], "accuracy": row.get("score")}
 
 
@@ -141,11 +143,11 @@ def draw(name: str) -> None:
     for axis, (panel, part, title) in zip(axes.flat, places):
         part = select(part, panel.only)
         lines = varying(part, panel.lines)
-        seen = [
-            sorted({row[key] for row in part}) for key in lines
-        ]  # the first key is the colour, the second the dashes
-        for key, group in groups(part, lines).items():
-            colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0, 0])[:2]
+        seen = [sorted({row[key] for row in part}) for key in lines]
+        for i, (key, group) in enumerate(groups(part, lines).items()):
+            colour, dashes = i, 0
+            if len(lines) == 2:  # the first key is the colour, the second the dashes
+                colour, dashes = (values.index(value) for values, value in zip(seen, key))
             look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes], "label": ", ".join(map(text, key))}
             line(axis, group, panel.x, panel.y, **look)
         axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y])
@@ -196,7 +198,8 @@ def table(name: str) -> str:
     keys = ("algorithm",) * (kind in COLUMNS) + keys
     runs = max(map(len, groups(last(rows), keys + dials).values()))
     measures = ["win_rate" if "win_rate" in rows[0] else "accuracy", "kl"]
-    measures += ["seconds"] * (kind == "samples") + ["step_seconds"] * ("way" in lines)
+    measures += ["seconds"] * (kind in ("samples", "epochs_time"))
+    measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
     for group in groups(last(rows), keys + dials).values():
         if len({row["seed"] for row in group}) < len(group):
             raise SystemExit(f"benchmark.plot: {name} has runs of more than one grid, as {group[0]['command']}")
@@ -254,7 +257,8 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
     win_rate, accuracy     points
     kl                     nats
     seconds, step_seconds  % (runs that had the machine for themselves)
-    episodes_to            completions until `plus` has the last win-rate of `minus`, against those of `minus`, in %
+    episodes_to,           completions or seconds until `plus` has the last win-rate (or accuracy) of `minus`, against
+    seconds_to             those of `minus`, in %
     win_rate_at_kl         points above the curve of `minus` at the same KL
     kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
                            and two less the same share of the second of `minus` over that of `plus`
@@ -289,9 +293,10 @@ def difference(runs: list[list[dict]], measure: str) -> float:
         case "win_rate_at_kl", 2:
             new = runs[0][-1]
             return 100 * (new["win_rate"] - np.interp(new["kl"], curve["kl"], curve["win_rate"]))
-        case "episodes_to", 2:
-            reached = [row["episodes"] for row in runs[0] if row["win_rate"] >= runs[1][-1]["win_rate"]]
-            return 100 * (reached[0] / runs[1][-1]["episodes"] - 1) if reached else float("nan")
+        case (("episodes_to" | "seconds_to"), 2):
+            goal, cost = "win_rate" if "win_rate" in runs[1][-1] else "accuracy", measure.removesuffix("_to")
+            reached = [row[cost] for row in runs[0] if row[goal] >= runs[1][-1][goal]]
+            return 100 * (reached[0] / runs[1][-1][cost] - 1) if reached else float("nan")
         case (("seconds" | "step_seconds"), 2):
             return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
     new, old = (sum(run[-1][measure] for run in half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
@@ -322,6 +327,24 @@ def claims() -> str:
             answer = verdict(row["paper"], low, high)
         cells = [f"`{name}`", row["claim"], row["paper"], row["expected"], here, str(len(found)), answer]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def results() -> str:
+    """The README's table: what asynchronous runs reach and how long their steps are, beside the synchronous ones."""
+    lines = head(["task", "policy", "algorithm", "before", "asynchronous", "synchronous", "`split`", "`colocate`"])
+    for name in ("async_vs_sync", "math", "async_vs_sync-docstrings"):
+        measure = "accuracy" if name == "math" else "win_rate"
+        rows = read(name) if Path(f"benchmark/results/{name}.csv").exists() else []
+        for (policy, algorithm), group in groups(rows, ("policy", "algorithm")).items():
+            ways = {way: [row[measure] for row in last(group) if row["way"] == way] for way in ("S=1", "split")}
+            before = [row[measure] for row in group if row["way"] == "S=1" and row["version"] == 0]
+            cells = [f"{np.mean(v):.1%} ± {np.std(v, ddof=1):.1%}" for v in (before, *ways.values())]
+            for way in ("split", "colocate"):
+                slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
+                mean, low, high = (1 + value / 100 for value in t_interval(slower))
+                cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+            lines.append(f"| {' | '.join([group[0]['task'], policy, algorithm, *cells])} |")
     return "\n".join([*lines, ""])
 
 
@@ -370,6 +393,7 @@ def main(*names: str) -> None:
             include(page, name, table(name))
         print(f"benchmark/figures/{name}.png, and its table")
     include(page, "claims", claims())
+    include(Path("README.md"), "results", results())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
 
 Values with commas span the grid; the last flag changes fastest. A run is kept in runs/NAME/, in a folder named after
 what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
-anew; a run that fails ends the command with its output. After each run benchmark/results/NAME.csv is written from all
-that are there: a line an evaluation. LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1
-the commands are only printed. JOBS=2 runs two at a time, each on its half of the cores: times do not compare then, and
-results only with those of as many threads a side (on 2 cores all but `colocate`).
+anew; a run that fails ends the command with its output. After each run its lines, one an evaluation, are written to
+benchmark/results/NAME.csv, in the place of those that the same command left there before; the others stay. KEEP=1 runs
+only what has no lines there yet (made on another machine, say). LAUNCH="torchrun ..." starts the scripts with that
+instead of Python; with DRY=1 the commands are only printed. JOBS=2 runs two at a time, each on its half of the cores:
+times do not compare then, and results only with those of as many threads a side (on 2 cores all but `colocate`).
 """
 
 import csv
@@ -30,6 +31,7 @@ import numpy as np
 # The columns of the table, from the flags, the evaluation, and the steps before it (means).
 FLAGS = ("seed", "model", "reward", "placement", "algo", "dpo_loss", "rloo_loss", "ppo_loss", "max_staleness")
 FLAGS += ("num_mini_batches", "num_epochs", "samples_per_prompt", "learning_rate", "lr_schedule", "batch_size")
+FLAGS += ("beta", "kl_coef")
 EVALUATION = ("win_rate", "gold_score", "score", "ended", "kl", "perplexity", "response_length")
 STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "effective_sample_size", "grad_norm")
 
@@ -116,11 +118,13 @@ def rows(folder: Path) -> list[dict]:
     config = json.loads((folder / "config.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     diverged = (folder / "diverged").exists()
-    step = None if diverged else json.loads((folder / "summary.json").read_text()).get("step")  # a short run has none
+    summary = {} if diverged else json.loads((folder / "summary.json").read_text())
+    times = {f"{key}_seconds": summary.get(key) for key in ("generation", "learning", "step")}  # a short run has none
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS}
-    where = {"step_seconds": step and round(step, 4), "command": config["command"].split(" --output-dir")[0]}
+    where = {key: value and round(value, 4) for key, value in times.items()}
+    where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
     where["jobs"] = re.findall(r"^JOBS=(\d+)$", Path(f"{folder}.log").read_text(), re.MULTILINE)[-1]
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
@@ -128,7 +132,7 @@ def rows(folder: Path) -> list[dict]:
     for record in records:
         if "step" in record:
             steps.append(record)
-            episodes, seconds = record["episodes"], seconds + (record["time/step"] or step or 0.0)
+            episodes, seconds = record["episodes"], seconds + (record["time/step"] or times["step_seconds"] or 0.0)
             continue
         values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
         values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}
@@ -140,19 +144,37 @@ def rows(folder: Path) -> list[dict]:
     return found
 
 
+def saved(name: str) -> dict[str, list[dict]]:
+    """The lines of benchmark/results/NAME.csv, by command: "<script> <flags>"."""
+    found = {}
+    if (path := Path(f"benchmark/results/{name}.csv")).exists():
+        with open(path) as f:
+            for row in csv.DictReader(f):
+                found.setdefault(row["command"].partition(" ")[2], []).append(row)
+    return found
+
+
 def write_table(name: str) -> None:
-    """benchmark/results/NAME.csv, from all finished runs."""
-    found = [row for folder in sorted(Path("runs", name).glob("*/")) if finished(folder) for row in rows(folder)]
+    """benchmark/results/NAME.csv: what is there, less what the finished runs in runs/NAME/ give anew."""
+    table = saved(name)
+    for folder in filter(finished, sorted(Path("runs", name).glob("*/"))):
+        new = rows(folder)
+        table[new[0]["command"].partition(" ")[2]] = new
+    found = [row for run in table.values() for row in run]
     columns = list(dict.fromkeys(column for row in found for column in row))
-    with open(f"benchmark/results/{name}.csv", "w") as f:
+    path = Path(f"benchmark/results/{name}.csv")
+    with open(part := path.with_suffix(".part"), "w") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(found)
+    part.replace(path)
 
 
 def main(name: str, script: str, *options: str) -> None:
     points = grid(list(options))
     varied = {values[0].split("=")[0] for values in zip(*points) if len(set(values)) > 1}
+    if os.environ.get("KEEP"):
+        points = [flags for flags in points if shlex.join([script, *flags]) not in saved(name)]
     if os.environ.get("DRY"):
         for flags in points:
             print(script, *flags)

@@ -6,9 +6,11 @@ set -euo pipefail
 export JOBS=1 # its times count
 SEEDS=${SEEDS:-1,2,3,4,5}
 case $scale in
-tiny) flags+=(--learning-rate 2e-4) two=(--eval-every 8) four=(--eval-every 4) ;; # K = 2 comes near its plateau
+tiny) flags+=(--learning-rate 2e-4) two=(--eval-every 8) four=(--eval-every 4 --learning-rate 2e-4,4e-4) ;; # K = 2 comes near its plateau
 paper) two=() four=() ;;
 esac
-run samples async_online_dpo.py "${two[@]}" --samples-per-prompt 2
-run samples async_online_dpo.py "${four[@]}" --samples-per-prompt 4 --batch-size "$double"
+for seed in $(tr , ' ' <<< "$SEEDS"); do # in turn: times drift
+    SEEDS=$seed run samples async_online_dpo.py "${two[@]}" --samples-per-prompt 2
+    SEEDS=$seed run samples async_online_dpo.py "${four[@]}" --samples-per-prompt 4 --batch-size "$double"
+done
 draw samples

@@ -3,9 +3,13 @@
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 prepare_sizes
+batches=1,4,16
+[ "$scale" = paper ] || batches+=,64
 for model in "${sizes[@]}"; do
     [[ $model != *2.8b* ]] || flags+=(--micro-batch-size 4)
-    run scale sync_baseline.py --algo online_dpo "${short[@]}" --model "$model" --num-mini-batches 1,4,16
+    run scale sync_baseline.py --algo online_dpo "${short[@]}" --model "$model" --num-mini-batches $batches
 done
-run scale sync_baseline.py --algo online_dpo "${short[@]}" --reward "$other_reward" --num-mini-batches 1,4,16
+run scale sync_baseline.py --algo online_dpo "${short[@]}" --reward "$other_reward" --num-mini-batches $batches
+[ "$scale" = paper ] || # l again, at a rate at which it does not over-optimise the reward model
+    run scale sync_baseline.py --algo online_dpo "${short[@]}" --model "${sizes[2]}" --num-mini-batches $batches --learning-rate 4e-5
 draw scale

@@ -1,7 +1,7 @@
 # Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download), paper (TL;DR,
-# 4 GPUs: three learn, or LEARNERS, and one generates) or, in async_vs_sync.sh, docstrings (real text on 2 cores). Sets `scale`, `sizes` of the policy, `flags` that all runs of an
-# experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short` for those with few but large batches (tiny: 64 updates);
-# what a run names itself comes after them and wins. SEEDS=1,2,3.
+# 4 GPUs: three learn, or LEARNERS, and one generates) or, in async_vs_sync.sh, docstrings (real text on 2 cores). Sets
+# `scale`, `sizes` of the policy, `flags` that all runs of an experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short`
+# for those with few but large batches (tiny: 64 updates); what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scale=${1:-tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=() more=()
 [[ " ${scales:=tiny or paper} " == *" $scale "* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
@@ -43,6 +43,12 @@ esac
 prepare_sizes() {  # of the policy and the reward model, 12 minutes
     [ "$scale" = paper ] || [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/rm-s ] ||
         $python -m benchmark.tasks.tldr_tiny --sizes s m l --reward-sizes s m
+}
+math_tiny() { # the task with a verifiable reward at scale tiny: prepare it, set its flags
+    [ -n "${DRY:-}" ] || [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
+    flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward --gold ""
+        --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
+        --prompt-length 64 --response-length 48 --eval-temperature 0.01) # near-greedy, as the paper
 }
 run() { # run NAME SCRIPT --flag value[,value...] ...
     local own=()

@@ -24,9 +24,8 @@ EXPERIMENTS = sorted(
 )
 
 
-SCALES = [
-    (name, scale) for name in EXPERIMENTS for scale in ("tiny", "paper") if (name, scale) != ("chatbot.sh", "tiny")
-]
+NONE = [("chatbot.sh", "tiny"), ("epochs_time.sh", "paper")]
+SCALES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "paper") if (name, scale) not in NONE]
 
 
 @pytest.mark.parametrize("name, scale", [*SCALES, ("async_vs_sync.sh", "docstrings")])
@@ -97,6 +96,10 @@ def test_differences():
     for measure, expected in [("win_rate", -10), ("kl", -0.5), ("win_rate_at_kl", -5), ("kept", -50)]:
         assert plot.differences(rows, "loss=b", "loss=a", measure) == pytest.approx([expected]), measure
     assert plot.differences(rows, "loss=a", "loss=b", "episodes_to") == pytest.approx([-50])
+    scores = [row | {"accuracy": row["win_rate"], "seconds": row["episodes"] + 10} for row in rows]
+    for row in scores:
+        del row["win_rate"]
+    assert plot.differences(scores, "loss=a", "loss=b", "seconds_to") == pytest.approx([-100 / 3])
     assert plot.differences(rows, "loss=a version=2", "loss=a version=1") == pytest.approx([10])
     assert plot.differences(rows, "loss=b + loss=a", "loss=a + loss=b", "kept") == pytest.approx([0])
     rows[-1]["diverged"] = "yes"
@@ -141,6 +144,7 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     assert [(row["seed"], row["jobs"]) for row in rows] == [(seed, "2") for seed in "123" for _ in range(3)]
     page = tmp_path / "benchmark/README.md"
     page.write_text("<!-- claims -->\n<!-- end -->\n<!-- lag -->\n<!-- end -->\n")
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- end -->\n")
     (tmp_path / "benchmark/claims.csv").write_text(
         "experiment,claim,paper,expected,measure,pairs,plus,minus\nlag,nothing,,,win_rate,seed,S=1,S=1\n"
     )
@@ -156,3 +160,24 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().out and json.loads((folder / "summary.json").read_text())
     with pytest.raises(SystemExit, match="failed with status"):
         run.main("lag", script, *options, "--max-staleness=-1")
+
+    os.rename("runs/lag", "runs/elsewhere")  # as on another machine, which has the table only
+    table = (tmp_path / "benchmark/results/lag.csv").read_text()
+    monkeypatch.setenv("DRY", "1")
+    capsys.readouterr()
+    run.main("lag", script, *options, "--seed=1,2,3")
+    assert capsys.readouterr().out.count(script) == 3
+    monkeypatch.setenv("KEEP", "1")
+    run.main("lag", script, *options, "--seed=1,2,3,4")
+    assert capsys.readouterr().out.splitlines() == [f"{script} {' '.join(options)} --seed=4"]
+    monkeypatch.delenv("DRY")
+    run.main("lag", script, *options, "--seed=1,2,3")
+    assert (tmp_path / "benchmark/results/lag.csv").read_text() == table
+    (tmp_path / "runs/lag").mkdir(exist_ok=True)  # a run made again takes the place of its old lines
+    for path in (tmp_path / "runs/elsewhere").glob("*seed=2*"):
+        path.rename(tmp_path / "runs/lag" / path.name)
+    lines = table.splitlines(keepends=True)
+    old = [line.replace("async_online_dpo", "old", 1) if "--seed=2" in line else line for line in lines]
+    (tmp_path / "benchmark/results/lag.csv").write_text("".join(old))
+    run.write_table("lag")
+    assert (tmp_path / "benchmark/results/lag.csv").read_text() == table != "".join(old)
