@@ -5,8 +5,9 @@ benchmark/README.md, between <!-- NAME --> and <!-- end -->, and a summary into 
 over seeds and its 95 % bootstrap interval; of three seeds that is their range, which is too narrow.
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
-runs, `plus` less `minus`, paired by seed. It is reproduced where the 95 % t-interval of the mean difference agrees with
-the paper: wholly above or below zero or, where the paper finds no difference, within MARGIN.
+runs, `plus` less `minus`, paired by seed (and by how the task was prepared). It is reproduced where the 95 % t-interval
+of the mean difference agrees with the paper: wholly above or below zero or, where the paper finds no difference, within
+MARGIN.
 """
 
 import contextlib
@@ -74,7 +75,7 @@ def read(name: str) -> list[dict]:
     """The lines of a table, with numbers as numbers, and what the flags mean."""
     with open(f"benchmark/results/{name}.csv") as f:
         rows = list(csv.DictReader(f))
-    words = ("commit", "torch", "transformers", "vllm")
+    words = ("commit", "prepared", "torch", "transformers", "vllm")
     return [meaning({key: value if key in words else number(value) for key, value in row.items()}) for row in rows]
 
 
@@ -83,6 +84,7 @@ def meaning(row: dict) -> dict:
     way = f"S={row['max_staleness']:.0f}" if row["script"].startswith("async") else row["placement"]
     names = {"policy": Path(row["model"]).name, "judge": Path(row["reward"]).name, "algorithm": algorithm, "way": way}
     names["beta"] = row.get("beta" if algorithm == "online_dpo" else "kl_coef")  # the strength of the KL term
+    names["prepared"] = row.get("prepared", "")
     return row | names | {"loss": row[algorithm.removeprefix("online_") + "_loss"], "accuracy": row.get("score")}
 
 
@@ -112,7 +114,7 @@ def select(rows: list[dict], values: dict) -> list[dict]:
 
 def last(rows: list[dict]) -> list[dict]:
     """The last evaluation of each run that did not diverge."""
-    return [run[-1] for run in groups(rows, ("command",)).values() if not run[-1]["diverged"]]
+    return [run[-1] for run in groups(rows, ("command", "prepared")).values() if not run[-1]["diverged"]]
 
 
 def text(value) -> str:
@@ -201,7 +203,7 @@ def table(name: str) -> str:
     measures += ["seconds"] * (kind in ("samples", "epochs_time"))
     measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
     for group in groups(last(rows), keys + dials).values():
-        if len({row["seed"] for row in group}) < len(group):
+        if len({(row["seed"], row["prepared"]) for row in group}) < len(group):
             raise SystemExit(f"benchmark.plot: {name} has runs of more than one grid, as {group[0]['command']}")
     if len(dials) == 1:
         values = sorted({row[dials[0]] for row in rows})
@@ -220,7 +222,9 @@ def table(name: str) -> str:
             lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
         lines.append("")
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
-    told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}, one prepared task."
+    told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}"
+    tasks = len({row["prepared"] for row in rows})
+    told += ", one prepared task." if tasks == 1 else f", a task prepared on {tasks} kinds of processor."
     if gone := sorted({row["command"] for row in rows if row["diverged"]}):
         told += " Diverged and left out: " + "; ".join(f"`{command}`" for command in gone) + "."
     return "\n".join([*lines, f"{told} Commit {', '.join(commits)}.", ""])
@@ -268,7 +272,7 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
         runs = defaultdict(list)
         for row in select(rows, {key: value for key, value in side.items() if key != "version"}):
             if "seconds" not in measure or row["jobs"] == 1:
-                runs[tuple(row[key] for key in pairs.split())].append(row)
+                runs[tuple(row[key] for key in ("prepared", *pairs.split()))].append(row)
         for pair, run in runs.items():
             if len({row["command"] for row in run}) > 1:
                 raise SystemExit(f"benchmark.plot: more than one run of {side} for {pair}")
@@ -336,16 +340,20 @@ def results() -> str:
     for name in ("async_vs_sync", "math", "async_vs_sync-docstrings"):
         measure = "accuracy" if name == "math" else "win_rate"
         rows = read(name) if Path(f"benchmark/results/{name}.csv").exists() else []
-        for (policy, algorithm), group in groups(rows, ("policy", "algorithm")).items():
-            ways = {way: [row[measure] for row in last(group) if row["way"] == way] for way in ("S=1", "split")}
+        for (task, policy, algorithm), group in groups(rows, ("task", "policy", "algorithm")).items():
             before = [row[measure] for row in group if row["way"] == "S=1" and row["version"] == 0]
-            cells = [f"{np.mean(v):.1%} ± {np.std(v, ddof=1):.1%}" for v in (before, *ways.values())]
+            after = [[row[measure] for row in last(group) if row["way"] == way] for way in ("S=1", "split")]
+            cells = [spread(values) for values in (before, *after)]
             for way in ("split", "colocate"):
                 slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
-                mean, low, high = (1 + value / 100 for value in t_interval(slower))
-                cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
-            lines.append(f"| {' | '.join([group[0]['task'], policy, algorithm, *cells])} |")
+                times = [1 + value / 100 for value in t_interval(slower)] if len(slower) > 2 else []
+                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*times) if times else "")
+            lines.append(f"| {' | '.join([task, policy, algorithm, *cells])} |")
     return "\n".join([*lines, ""])
+
+
+def spread(values: list[float]) -> str:
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} %" if len(values) > 1 else ""
 
 
 def include(page: Path, name: str, new: str) -> None:

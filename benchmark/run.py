@@ -5,14 +5,16 @@
 Values with commas span the grid; the last flag changes fastest. A run is kept in runs/NAME/, in a folder named after
 what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
 anew; a run that fails ends the command with its output. After each run its lines, one an evaluation, are written to
-benchmark/results/NAME.csv, in the place of those that the same command left there before; the others stay. KEEP=1 runs
-only what has no lines there yet (made on another machine, say). LAUNCH="torchrun ..." starts the scripts with that
-instead of Python; with DRY=1 the commands are only printed. JOBS=2 runs two at a time, each on its half of the cores:
-times do not compare then, and results only with those of as many threads a side (on 2 cores all but `colocate`).
+benchmark/results/NAME.csv, in the place of those that the same command left there before. The others stay, and so do
+those of the same command on a task that was prepared on another kind of processor, and so differs a little (column
+`prepared`). KEEP=1 runs only what has no lines there yet. LAUNCH="torchrun ..." starts the scripts with that instead of
+Python; with DRY=1 the commands are only printed. JOBS=2 runs two at a time, each on its half of the cores: times do not
+compare then, and results only with those of as many threads a side (on 2 cores all but `colocate`).
 """
 
 import csv
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -122,7 +124,7 @@ def rows(folder: Path) -> list[dict]:
     times = {f"{key}_seconds": summary.get(key) for key in ("generation", "learning", "step")}  # a short run has none
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
-    same |= {name: args.get(name, "") for name in FLAGS}
+    same |= {name: args.get(name, "") for name in FLAGS} | {"prepared": prepared(Path(args["dataset"]).parent)}
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
@@ -144,13 +146,20 @@ def rows(folder: Path) -> list[dict]:
     return found
 
 
-def saved(name: str) -> dict[str, list[dict]]:
-    """The lines of benchmark/results/NAME.csv, by command: "<script> <flags>"."""
+@functools.cache
+def prepared(task: Path) -> str:
+    """How a task was prepared: 8 hexadecimal digits of the weights of its SFT policy (of size m); data of the Hub: ""."""
+    files = sorted(path for name in ("sft", "sft-m") for path in task.glob(f"{name}/*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8] if files else ""
+
+
+def saved(name: str) -> dict[tuple[str, str], list[dict]]:
+    """The lines of benchmark/results/NAME.csv, by "<script> <flags>" and how the task was prepared."""
     found = {}
     if (path := Path(f"benchmark/results/{name}.csv")).exists():
         with open(path) as f:
             for row in csv.DictReader(f):
-                found.setdefault(row["command"].partition(" ")[2], []).append(row)
+                found.setdefault((row["command"].partition(" ")[2], row.get("prepared", "")), []).append(row)
     return found
 
 
@@ -159,7 +168,7 @@ def write_table(name: str) -> None:
     table = saved(name)
     for folder in filter(finished, sorted(Path("runs", name).glob("*/"))):
         new = rows(folder)
-        table[new[0]["command"].partition(" ")[2]] = new
+        table[new[0]["command"].partition(" ")[2], new[0]["prepared"]] = new
     found = [row for run in table.values() for row in run]
     columns = list(dict.fromkeys(column for row in found for column in row))
     path = Path(f"benchmark/results/{name}.csv")
@@ -174,7 +183,9 @@ def main(name: str, script: str, *options: str) -> None:
     points = grid(list(options))
     varied = {values[0].split("=")[0] for values in zip(*points) if len(set(values)) > 1}
     if os.environ.get("KEEP"):
-        points = [flags for flags in points if shlex.join([script, *flags]) not in saved(name)]
+        have = [key for key, run in saved(name).items() if prepared(Path("tasks", run[0]["task"])) == key[1]]
+        have = [command for command, _ in have]
+        points = [flags for flags in points if shlex.join([script, *flags]) not in have]
     if os.environ.get("DRY"):
         for flags in points:
             print(script, *flags)

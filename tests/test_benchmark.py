@@ -92,6 +92,7 @@ def test_differences():
     for loss, seed, rates, kls in [("a", 1, (0.2, 0.3, 0.4), (0, 1, 2)), ("b", 1, (0.2, 0.25, 0.3), (0, 0.5, 1.5))]:
         for version, (rate, kl) in enumerate(zip(rates, kls)):
             row = {"loss": loss, "seed": seed, "version": version, "win_rate": rate, "kl": kl, "episodes": 10 * version}
+            row["prepared"] = "a"
             rows.append(row | {"command": f"{loss} {seed}", "diverged": "", "jobs": 1.0, "step_seconds": 2.0 + version})
     for measure, expected in [("win_rate", -10), ("kl", -0.5), ("win_rate_at_kl", -5), ("kept", -50)]:
         assert plot.differences(rows, "loss=b", "loss=a", measure) == pytest.approx([expected]), measure
