@@ -148,7 +148,7 @@ def rows(folder: Path) -> list[dict]:
 
 @functools.cache
 def prepared(task: Path) -> str:
-    """How a task was prepared: 8 hexadecimal digits of the weights of its SFT policy (of size m); data of the Hub: ""."""
+    """How a task was prepared: 8 hexadecimal digits of the weights of its SFT policy (of size m); of the Hub: ""."""
     files = sorted(path for name in ("sft", "sft-m") for path in task.glob(f"{name}/*.safetensors"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8] if files else ""
 
