@@ -10,12 +10,11 @@ esac
 for script in async_online_dpo.py async_rloo.py async_ppo.py; do
     run lag $script "${short[@]}" --max-staleness $every
 done
-run lag async_rloo.py "${short[@]}" --max-staleness $late --rloo-loss vanilla,truncated,topr
-run lag async_rloo.py "${short[@]}" --max-staleness $some --rloo-loss copg,asymre
-run lag async_ppo.py "${short[@]}" --max-staleness $late --ppo-loss recompute,truncated,decoupled
-run lag async_ppo.py "${short[@]}" --max-staleness $some --ppo-loss cispo
-run lag async_online_dpo.py "${short[@]}" --max-staleness $some --dpo-loss ipo,best_of_k
 for script in async_online_dpo.py async_rloo.py async_ppo.py; do
     run lag $script "${short[@]}" --max-staleness 0,16 --learning-rate $rates
 done
+run lag async_rloo.py "${short[@]}" --max-staleness $late --rloo-loss vanilla,truncated,topr,copg
+run lag async_rloo.py "${short[@]}" --max-staleness $some --rloo-loss asymre
+run lag async_ppo.py "${short[@]}" --max-staleness $late --ppo-loss recompute,truncated,decoupled,cispo
+run lag async_online_dpo.py "${short[@]}" --max-staleness $some --dpo-loss ipo,best_of_k
 draw lag

@@ -114,7 +114,7 @@ def select(rows: list[dict], values: dict) -> list[dict]:
 
 def last(rows: list[dict]) -> list[dict]:
     """The last evaluation of each run that did not diverge."""
-    return [run[-1] for run in groups(rows, ("command", "prepared")).values() if not run[-1]["diverged"]]
+    return [run[-1] for run in groups(rows, ("command",)).values() if not run[-1]["diverged"]]
 
 
 def text(value) -> str:
@@ -203,7 +203,7 @@ def table(name: str) -> str:
     measures += ["seconds"] * (kind in ("samples", "epochs_time"))
     measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
     for group in groups(last(rows), keys + dials).values():
-        if len({(row["seed"], row["prepared"]) for row in group}) < len(group):
+        if len({row["seed"] for row in group}) < len(group):
             raise SystemExit(f"benchmark.plot: {name} has runs of more than one grid, as {group[0]['command']}")
     if len(dials) == 1:
         values = sorted({row[dials[0]] for row in rows})
@@ -224,7 +224,7 @@ def table(name: str) -> str:
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
     told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}"
     tasks = len({row["prepared"] for row in rows})
-    told += ", one prepared task." if tasks == 1 else f", a task prepared on {tasks} kinds of processor."
+    told += ", one prepared task." if tasks == 1 else f", a task prepared {tasks} times."
     if gone := sorted({row["command"] for row in rows if row["diverged"]}):
         told += " Diverged and left out: " + "; ".join(f"`{command}`" for command in gone) + "."
     return "\n".join([*lines, f"{told} Commit {', '.join(commits)}.", ""])

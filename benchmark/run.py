@@ -4,12 +4,12 @@
 
 Values with commas span the grid; the last flag changes fastest. A run is kept in runs/NAME/, in a folder named after
 what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
-anew; a run that fails ends the command with its output. After each run its lines, one an evaluation, are written to
-benchmark/results/NAME.csv, in the place of those that the same command left there before. The others stay, and so do
-those of the same command on a task that was prepared on another kind of processor, and so differs a little (column
-`prepared`). KEEP=1 runs only what has no lines there yet. LAUNCH="torchrun ..." starts the scripts with that instead of
-Python; with DRY=1 the commands are only printed. JOBS=2 runs two at a time, each on its half of the cores: times do not
-compare then, and results only with those of as many threads a side (on 2 cores all but `colocate`).
+anew; a run that fails ends the command with its output. After each run its lines, one an evaluation, take the place in
+benchmark/results/NAME.csv of those of the same command; the others stay. KEEP=1 runs only what has no lines there for
+the task as it is prepared here: prepared on another kind of processor it differs a little (column `prepared`).
+LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1 the commands are only printed. JOBS=2
+runs two at a time, each on its half of the cores: times do not compare then, and results only with those of as many
+threads a side (on 2 cores all but `colocate`).
 """
 
 import csv
@@ -79,7 +79,7 @@ def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, loc
 
 
 def finished(folder: Path) -> bool:
-    return (folder / "summary.json").exists() or (folder / "diverged").exists()
+    return (folder / "prepared").exists()
 
 
 def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, lock: int) -> None:
@@ -104,6 +104,8 @@ def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, loc
                     if "FloatingPointError" not in output:
                         raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
                     (folder / "diverged").write_text(output)
+                task = Path(json.loads((folder / "config.json").read_text())["args"]["dataset"]).parent
+                (folder / "prepared").write_text(prepared(task))  # the run is finished
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes each, and of no more use
                 write_table(name)
     except KeyboardInterrupt:
@@ -124,7 +126,7 @@ def rows(folder: Path) -> list[dict]:
     times = {f"{key}_seconds": summary.get(key) for key in ("generation", "learning", "step")}  # a short run has none
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
-    same |= {name: args.get(name, "") for name in FLAGS} | {"prepared": prepared(Path(args["dataset"]).parent)}
+    same |= {name: args.get(name, "") for name in FLAGS} | {"prepared": (folder / "prepared").read_text()}
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
@@ -153,13 +155,13 @@ def prepared(task: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8] if files else ""
 
 
-def saved(name: str) -> dict[tuple[str, str], list[dict]]:
-    """The lines of benchmark/results/NAME.csv, by "<script> <flags>" and how the task was prepared."""
+def saved(name: str) -> dict[str, list[dict]]:
+    """The lines of benchmark/results/NAME.csv, by "<script> <flags>"."""
     found = {}
     if (path := Path(f"benchmark/results/{name}.csv")).exists():
         with open(path) as f:
             for row in csv.DictReader(f):
-                found.setdefault((row["command"].partition(" ")[2], row.get("prepared", "")), []).append(row)
+                found.setdefault(row["command"].partition(" ")[2], []).append(row)
     return found
 
 
@@ -168,7 +170,7 @@ def write_table(name: str) -> None:
     table = saved(name)
     for folder in filter(finished, sorted(Path("runs", name).glob("*/"))):
         new = rows(folder)
-        table[new[0]["command"].partition(" ")[2], new[0]["prepared"]] = new
+        table[new[0]["command"].partition(" ")[2]] = new
     found = [row for run in table.values() for row in run]
     columns = list(dict.fromkeys(column for row in found for column in row))
     path = Path(f"benchmark/results/{name}.csv")
@@ -183,8 +185,8 @@ def main(name: str, script: str, *options: str) -> None:
     points = grid(list(options))
     varied = {values[0].split("=")[0] for values in zip(*points) if len(set(values)) > 1}
     if os.environ.get("KEEP"):
-        have = [key for key, run in saved(name).items() if prepared(Path("tasks", run[0]["task"])) == key[1]]
-        have = [command for command, _ in have]
+        lines = [(command, run[0]) for command, run in saved(name).items()]
+        have = [command for command, row in lines if row.get("prepared", "") == prepared(Path("tasks", row["task"]))]
         points = [flags for flags in points if shlex.join([script, *flags]) not in have]
     if os.environ.get("DRY"):
         for flags in points:

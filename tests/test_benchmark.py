@@ -156,7 +156,8 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     run.main("lag", script, *options, "--seed=1,2,3")
     assert capsys.readouterr().out.count("--output-dir") == 3
     folder = next(path for path in (tmp_path / "runs/lag").iterdir() if path.is_dir())
-    os.remove(folder / "summary.json")
+    for file in ("summary.json", "prepared"):
+        os.remove(folder / file)
     run.main("lag", script, *options, "--seed=1,2,3")
     assert "--resume" in capsys.readouterr().out and json.loads((folder / "summary.json").read_text())
     with pytest.raises(SystemExit, match="failed with status"):
