@@ -70,7 +70,7 @@ def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, loc
     print(shlex.join(command), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
-    if 1 < jobs <= len(cores):
+    if jobs > 1:
         command = ["taskset", "--cpu-list", ",".join(map(str, cores[slot::jobs])), *command]
     with open(f"{folder}.log", "a") as log:
         print(f"JOBS={jobs}", file=log, flush=True)
@@ -130,8 +130,10 @@ def rows(folder: Path) -> list[dict]:
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
-    where["jobs"] = re.findall(r"^JOBS=(\d+)$", Path(f"{folder}.log").read_text(), re.MULTILINE)[-1]
-    where |= {"commit": config["commit"], "machine": config["machine"]["platform"]} | packages
+    where["jobs"] = max(re.findall(r"^JOBS=(\d+)$", Path(f"{folder}.log").read_text(), re.MULTILINE))
+    where |= {"commit": config["commit"], "machine": config["machine"]["platform"], "cores": config["machine"]["cores"]}
+    processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["unknown"]
+    where |= {"processor": processor[0]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
     for record in records:
         if "step" in record:
@@ -182,6 +184,9 @@ def write_table(name: str) -> None:
 
 
 def main(name: str, script: str, *options: str) -> None:
+    jobs, cores = int(os.environ.get("JOBS") or 1), len(os.sched_getaffinity(0))
+    if not 1 <= jobs <= cores:
+        raise SystemExit(f"benchmark.run: JOBS={jobs}: there are {cores} cores, each run needs at least one")
     points = grid(list(options))
     varied = {values[0].split("=")[0] for values in zip(*points) if len(set(values)) > 1}
     if os.environ.get("KEEP"):
@@ -201,7 +206,7 @@ def main(name: str, script: str, *options: str) -> None:
             print("benchmark.run: waiting for another grid in this folder", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         runs = [(script, flags, folder_of(name, script, flags, varied)) for flags in points]
-        run_all(name, runs, int(os.environ.get("JOBS") or 1), lock.fileno())
+        run_all(name, runs, jobs, lock.fileno())
         write_table(name)
 
 
