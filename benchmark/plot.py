@@ -195,7 +195,7 @@ def table(name: str) -> str:
     """Last evaluations, mean [95 % interval] over seeds: a line for each group, a column for each value of a dial."""
     rows, kind = read(name), name.partition("-")[0]
     lines = FIGURES[kind][0].lines
-    dials = tuple(dial for dial in varying(rows, DIALS) if "way" not in lines)  # a way says what S is
+    dials = tuple(dial for dial in varying(rows, DIALS) if dial in (FIGURES[kind][0].x, *lines))
     keys = tuple(key for key in varying(rows, dict.fromkeys(("policy", "judge", *lines))) if key not in dials)
     keys = ("algorithm",) * (kind in COLUMNS) + keys
     runs = max(map(len, groups(last(rows), keys + dials).values()))
@@ -255,27 +255,27 @@ def sides(cell: str) -> list[dict]:
     return found
 
 
-def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rate", pairs: str = "seed") -> list[float]:
+def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rate") -> list[float]:
     """Of each pair that is complete, `plus` less `minus`: the differences, in the unit of the measure.
 
     win_rate, accuracy     points
     kl                     nats
     seconds, step_seconds  % (runs that had the machine for themselves)
-    episodes_to,           completions or seconds until `plus` has the last win-rate (or accuracy) of `minus`, against
-    seconds_to             those of `minus`, in %
+    episodes_to,           completions or seconds until `plus` first has the last win-rate (or accuracy) of `minus`,
+    seconds_to             against those until `minus` first has it, in %; evaluations are the resolution
     win_rate_at_kl         points above the curve of `minus` at the same KL
     kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
-                           and two less the same share of the second of `minus` over that of `plus`
+                           and two less the same share of the second of `minus` over that of `plus`, as are step_seconds
     """
     values = []
     for side in sides(plus) + sides(minus):
         runs = defaultdict(list)
         for row in select(rows, {key: value for key, value in side.items() if key != "version"}):
             if "seconds" not in measure or row["jobs"] == 1:
-                runs[tuple(row[key] for key in ("prepared", *pairs.split()))].append(row)
+                runs[row["prepared"], row["seed"]].append(row)
         for pair, run in runs.items():
             if len({row["command"] for row in run}) > 1:
-                raise SystemExit(f"benchmark.plot: more than one run of {side} for {pair}")
+                raise SystemExit(f"benchmark.plot: more than one run of {side} for seed {pair[1]:g}")
         if "version" in side:
             runs = {pair: [row for row in run if row["version"] <= side["version"]] for pair, run in runs.items()}
         values.append(runs)
@@ -299,10 +299,12 @@ def difference(runs: list[list[dict]], measure: str) -> float:
             return 100 * (new["win_rate"] - np.interp(new["kl"], curve["kl"], curve["win_rate"]))
         case (("episodes_to" | "seconds_to"), 2):
             goal, cost = "win_rate" if "win_rate" in runs[1][-1] else "accuracy", measure.removesuffix("_to")
-            reached = [row[cost] for row in runs[0] if row[goal] >= runs[1][-1][goal]]
-            return 100 * (reached[0] / runs[1][-1][cost] - 1) if reached else float("nan")
+            first = [next((row[cost] for row in run if row[goal] >= runs[1][-1][goal]), float("nan")) for run in runs]
+            return 100 * (first[0] / first[1] - 1)
         case (("seconds" | "step_seconds"), 2):
             return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
+        case "step_seconds", 4:
+            return 100 * (runs[0][-1][measure] / runs[2][-1][measure] - runs[3][-1][measure] / runs[1][-1][measure])
     new, old = (sum(run[-1][measure] for run in half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
     return (new - old) * (1 if measure == "kl" else 100)
 
@@ -315,45 +317,48 @@ def verdict(paper: str, low: float, high: float) -> str:
 
 
 def claims() -> str:
+    """The table of all claims that have runs, and below it the others."""
     with open("benchmark/claims.csv") as f:
         rows = list(csv.DictReader(f))
-    lines = head(["experiment", "claim", "the paper", "expected here", "found here", "pairs", "reproduced?"])
+    columns = ["experiment", "claim", "the paper", "expected here"]
+    done, waiting = head([*columns, "found here", "pairs", "reproduced?"]), head(columns)
     for row in rows:
-        name, found, here, answer = row["experiment"], [], "not run yet", ""
+        name, found, answer = row["experiment"], [], ""
+        cells = [f"`{name}`", row["claim"], row["paper"], row["expected"]]
         if Path(f"benchmark/results/{name}.csv").exists():
-            found = differences(read(name), row["plus"], row["minus"], row["measure"], row["pairs"])
+            found = differences(read(name), row["plus"], row["minus"], row["measure"])
         if np.isnan(found).any():
             here = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
         elif len(found) > 2:
             mean, low, high = t_interval(found)
+            share = "points of share" if row["plus"].count("+") else "%"
             unit = {"kl": "nats", "win_rate": "points", "accuracy": "points", "win_rate_at_kl": "points"}
-            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit.get(row['measure'], '%')}"
+            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit.get(row['measure'], share)}"
             answer = verdict(row["paper"], low, high)
-        cells = [f"`{name}`", row["claim"], row["paper"], row["expected"], here, str(len(found)), answer]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        else:
+            waiting.append(f"| {' | '.join(cells)} |")
+            continue
+        done.append(f"| {' | '.join([*cells, here, str(len(found)), answer])} |")
+    return "\n".join([*done, "", "Not run yet, or for fewer than three seeds:", "", *waiting, ""])
 
 
 def results() -> str:
     """The README's table: what asynchronous runs reach and how long their steps are, beside the synchronous ones."""
-    lines = head(["task", "policy", "algorithm", "before", "asynchronous", "synchronous", "`split`", "`colocate`"])
-    for name in ("async_vs_sync", "math", "async_vs_sync-docstrings"):
-        measure = "accuracy" if name == "math" else "win_rate"
-        rows = read(name) if Path(f"benchmark/results/{name}.csv").exists() else []
-        for (task, policy, algorithm), group in groups(rows, ("task", "policy", "algorithm")).items():
-            before = [row[measure] for row in group if row["way"] == "S=1" and row["version"] == 0]
-            after = [[row[measure] for row in last(group) if row["way"] == way] for way in ("S=1", "split")]
-            cells = [spread(values) for values in (before, *after)]
-            for way in ("split", "colocate"):
-                slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
-                times = [1 + value / 100 for value in t_interval(slower)] if len(slower) > 2 else []
-                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*times) if times else "")
-            lines.append(f"| {' | '.join([task, policy, algorithm, *cells])} |")
+    with open("benchmark/results/all_algorithms.csv") as f:
+        rows = [row | {"algorithm": row["algo"] or row["script"].removeprefix("async_")} for row in csv.DictReader(f)]
+    lines = head(["task", "algorithm", "before", "asynchronous", "synchronous", "`split`", "`colocate`"])
+    for (task, algorithm), group in groups(rows, ("task", "algorithm")).items():
+        measure = "win_rate" if group[0]["win_rate_last"] else "score"
+        ways = {way: {row["seed"]: row for row in rows} for (way,), rows in groups(group, ("placement",)).items()}
+        values = [[float(row[f"{measure}_first"]) for row in ways[""].values()]]
+        values += [[float(row[f"{measure}_last"]) for row in ways[way].values()] for way in ("", "split")]
+        cells = [f"{100 * np.mean(v):.1f} ± {100 * np.std(v, ddof=1):.1f} %" for v in values]
+        for way in ("split", "colocate"):
+            slower = [float(row["step"]) / float(ways[""][seed]["step"]) for seed, row in ways[way].items()]
+            mean, low, high = t_interval(slower) if len(slower) > 2 else (np.mean(slower), 0, 0)
+            cells.append(f"{mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low else f" (seeds: {len(slower)})"))
+        lines.append(f"| {' | '.join([task, algorithm, *cells])} |")
     return "\n".join([*lines, ""])
-
-
-def spread(values: list[float]) -> str:
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} %" if len(values) > 1 else ""
 
 
 def include(page: Path, name: str, new: str) -> None:
@@ -401,7 +406,8 @@ def main(*names: str) -> None:
             include(page, name, table(name))
         print(f"benchmark/figures/{name}.png, and its table")
     include(page, "claims", claims())
-    include(Path("README.md"), "results", results())
+    if not names:
+        include(Path("README.md"), "results", results())
 
 
 if __name__ == "__main__":
