@@ -8,7 +8,7 @@ scales="tiny or docstrings or paper"
 export JOBS=1 # its times count
 algos=(online_dpo rloo ppo) colocated=1,2,3
 case $scale in
-tiny) prepare_sizes && flags+=(--total-episodes 3072 --learning-rate 2e-4 --eval-every 6) ;; # still rising
+tiny) prepare_sizes; flags+=(--total-episodes 3072 --learning-rate 2e-4 --eval-every 6) ;; # still rising
 docstrings) algos=(online_dpo) SEEDS=${SEEDS:-1,2,3} ;;
 paper) colocated=1,2,3,4,5 ;;
 esac

@@ -7,7 +7,7 @@ set -euo pipefail
 LEARNERS=${LEARNERS:-7} scales=paper
 . "$(dirname "$0")/scales.sh" "${1:-paper}"
 dpo=()
-[ -n "${DRY:-}" ] || [ -e tasks/no-robots/data ] || $python -m benchmark.tasks.no_robots
+prepare no_robots tasks/no-robots/data
 flags+=(--model models/no_robots-sft --reward models/no_robots-reward
     --dataset tasks/no-robots/data --reference-column reference --eval-split test --eval-prompts 490
     --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2 --gradient-checkpointing
@@ -15,3 +15,4 @@ flags+=(--model models/no_robots-sft --reward models/no_robots-reward
 SEEDS=${SEEDS:-1}
 run chatbot async_online_dpo.py
 run chatbot sync_baseline.py --algo online_dpo
+draw chatbot

@@ -5,7 +5,8 @@
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 run losses sync_baseline.py --algo online_dpo "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches 1,4,16,64
-run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour,cispo --num-mini-batches 1,4,16,64
-run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,copg,asymre --num-mini-batches 1,4,16,64
-run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr --num-mini-batches 4,16,64
+run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour --num-mini-batches 1,4,16,64
+run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss cispo --num-mini-batches 4,16,64
+run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,asymre --num-mini-batches 1,4,16,64
+run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr,copg --num-mini-batches 4,16,64
 draw losses

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The paper's GSM8K table: accuracy and time, asynchronous and synchronous, three algorithms. tiny: math-tiny; paper: Rho 1B.
 set -euo pipefail
+task=math_tiny
 . "$(dirname "$0")/scales.sh"
 export JOBS=1 # its times count
 case $scale in
-tiny) math_tiny && flags+=(--samples-per-prompt 4 --eval-every 6) ;;
+tiny) flags+=(--samples-per-prompt 4 --eval-every 6) ;;
 paper) # ours: sizes that divide among 3 and 4 learners, PPO's number of updates, an unfinished response counts as wrong
-    [ -n "${DRY:-}" ] || [ -e tasks/gsm8k/data ] || $python -m benchmark.tasks.gsm8k
+    prepare gsm8k tasks/gsm8k/data
     flags+=(--model realtreetune/rho-1b-sft-GSM8K --dataset tasks/gsm8k/data --reward benchmark.tasks.gsm8k:reward --gold ""
         --reference-column reference --eval-split test --eval-prompts 1308 --missing-eos-score 0 --response-length 512
         --samples-per-prompt 4 --batch-size 1008 --total-episodes 516096)

@@ -52,6 +52,7 @@ FIGURES = {
     "samples": [Panel(x, "win_rate", ("samples_per_prompt", "learning_rate")) for x in ("episodes", "kl", "seconds")],
     "lag": [Panel("max_staleness", "win_rate", ("loss", "learning_rate"))],
     "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
+    "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
 COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "math")  # these have a column of panels for each algorithm
@@ -223,6 +224,7 @@ def table(name: str) -> str:
         lines.append("")
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
     told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}"
+    told += " (of three: their range, which holds the true mean in three cases of four)" * (len(seeds) == 3)
     tasks = len({row["prepared"] for row in rows})
     told += ", one prepared task." if tasks == 1 else f", a task prepared {tasks} times."
     if gone := sorted({row["command"] for row in rows if row["diverged"]}):
@@ -263,7 +265,7 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
     seconds, step_seconds  % (runs that had the machine for themselves)
     episodes_to,           completions or seconds until `plus` first has the last win-rate (or accuracy) of `minus`,
     seconds_to             against those until `minus` first has it, in %; evaluations are the resolution
-    win_rate_at_kl         points above the curve of `minus` at the same KL
+    win_rate_at_kl         points above the curve of `minus` at the KL where `plus` ends, if `minus` gets there
     kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
                            and two less the same share of the second of `minus` over that of `plus`, as are step_seconds
     """
@@ -296,7 +298,7 @@ def difference(runs: list[list[dict]], measure: str) -> float:
             return 100 * (gains[0] / gains[2] - gains[3] / gains[1])
         case "win_rate_at_kl", 2:
             new = runs[0][-1]
-            return 100 * (new["win_rate"] - np.interp(new["kl"], curve["kl"], curve["win_rate"]))
+            return 100 * (new["win_rate"] - np.interp(new["kl"], curve["kl"], curve["win_rate"], right=np.nan))
         case (("episodes_to" | "seconds_to"), 2):
             goal, cost = "win_rate" if "win_rate" in runs[1][-1] else "accuracy", measure.removesuffix("_to")
             first = [next((row[cost] for row in run if row[goal] >= runs[1][-1][goal]), float("nan")) for run in runs]

