@@ -103,6 +103,12 @@ def test_differences():
     assert plot.differences(scores, "loss=a", "loss=b", "seconds_to") == pytest.approx([-100 / 3])
     assert plot.differences(rows, "loss=a version=2", "loss=a version=1") == pytest.approx([10])
     assert plot.differences(rows, "loss=b + loss=a", "loss=a + loss=b", "kept") == pytest.approx([0])
+    assert plot.differences(rows, "loss=a + loss=b", "loss=b + loss=a", "step_seconds") == pytest.approx([0])
+    half = [row | {"step_seconds": row["step_seconds"] / (1 + (row["loss"] == "b"))} for row in rows]
+    assert plot.differences(half, "loss=b + loss=a", "loss=a + loss=a", "step_seconds") == pytest.approx([-50])
+    assert plot.differences(rows, "loss=a", "loss=b", "win_rate_at_kl") == pytest.approx([float("nan")], nan_ok=True)
+    other = [row | {"prepared": row["loss"]} for row in rows]  # each on a task of its own: no pair
+    assert plot.differences(other, "loss=b", "loss=a") == []
     rows[-1]["diverged"] = "yes"
     assert math.isnan(plot.differences(rows, "loss=b", "loss=a")[0])
     for row in rows:
