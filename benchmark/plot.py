@@ -302,7 +302,7 @@ def difference(runs: list[list[dict]], measure: str) -> float:
         case (("episodes_to" | "seconds_to"), 2):
             goal, cost = "win_rate" if "win_rate" in runs[1][-1] else "accuracy", measure.removesuffix("_to")
             first = [next((row[cost] for row in run if row[goal] >= runs[1][-1][goal]), float("nan")) for run in runs]
-            return 100 * (first[0] / first[1] - 1)
+            return 100 * (first[0] / first[1] - 1) if first[1] else float("nan")
         case (("seconds" | "step_seconds"), 2):
             return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
         case "step_seconds", 4:
@@ -312,7 +312,7 @@ def difference(runs: list[list[dict]], measure: str) -> float:
 
 
 def verdict(paper: str, low: float, high: float) -> str:
-    answers = {"equal": (low >= -MARGIN and high <= MARGIN, low > 0 or high < 0)}
+    answers = {"equal": (low >= -MARGIN and high <= MARGIN, low > MARGIN or high < -MARGIN)}
     answers |= {"lower": (high < 0, low > 0), "higher": (low > 0, high < 0), "": (False, False)}
     yes, no = answers[paper.split(" ")[0]]
     return "yes" if yes else "no" if no else "undecided" if paper else ""

@@ -72,8 +72,11 @@ def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, loc
     cores = sorted(os.sched_getaffinity(0))
     if jobs > 1:
         command = ["taskset", "--cpu-list", ",".join(map(str, cores[slot::jobs])), *command]
+    for stale in ("prepared", "diverged"):
+        (folder / stale).unlink(missing_ok=True)
+    processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["unknown"]
     with open(f"{folder}.log", "a") as log:
-        print(f"JOBS={jobs}", file=log, flush=True)
+        print(f"JOBS={jobs}\nPROCESSOR={processor[0]}", file=log, flush=True)
         own = dict(start_new_session=True, pass_fds=[lock])  # signals come from here; the lock lasts as long as the run
         return subprocess.Popen(command, stdout=log, stderr=log, **own)
 
@@ -82,12 +85,21 @@ def finished(folder: Path) -> bool:
     return (folder / "prepared").exists()
 
 
+def up_to_date(folder: Path) -> bool:
+    """Finished, and on the task as it is prepared now."""
+    return finished(folder) and (folder / "prepared").read_text() == prepared(task_of(folder))
+
+
+def task_of(folder: Path) -> Path:
+    return Path(json.loads((folder / "config.json").read_text())["args"]["dataset"]).parent
+
+
 def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, lock: int) -> None:
     """Every run to its end, `jobs` at a time. Ctrl-C and SIGTERM are passed on: the runs end with a checkpoint.
 
     A loss or a gradient that is not finite is a result, kept as such; any other failure ends the command.
     """
-    running, waiting = {}, [point for point in points if not finished(point[2])]
+    running, waiting = {}, [point for point in points if not up_to_date(point[2])]
     try:
         while running or waiting:
             for slot in range(jobs):
@@ -104,8 +116,7 @@ def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, loc
                     if "FloatingPointError" not in output:
                         raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
                     (folder / "diverged").write_text(output)
-                task = Path(json.loads((folder / "config.json").read_text())["args"]["dataset"]).parent
-                (folder / "prepared").write_text(prepared(task))  # the run is finished
+                (folder / "prepared").write_text(prepared(task_of(folder)))  # the run is finished
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes each, and of no more use
                 write_table(name)
     except KeyboardInterrupt:
@@ -130,10 +141,10 @@ def rows(folder: Path) -> list[dict]:
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
-    where["jobs"] = max(re.findall(r"^JOBS=(\d+)$", Path(f"{folder}.log").read_text(), re.MULTILINE))
+    log = Path(f"{folder}.log").read_text()
+    where["jobs"] = max(re.findall(r"^JOBS=(\d+)$", log, re.MULTILINE))
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"], "cores": config["machine"]["cores"]}
-    processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["unknown"]
-    where |= {"processor": processor[0]} | packages
+    where |= {"processor": re.findall(r"^PROCESSOR=(.*)$", log, re.MULTILINE)[-1]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
     for record in records:
         if "step" in record:
@@ -171,8 +182,8 @@ def write_table(name: str) -> None:
     """benchmark/results/NAME.csv: what is there, less what the finished runs in runs/NAME/ give anew."""
     table = saved(name)
     for folder in filter(finished, sorted(Path("runs", name).glob("*/"))):
-        new = rows(folder)
-        table[new[0]["command"].partition(" ")[2]] = new
+        if new := rows(folder):
+            table[new[0]["command"].partition(" ")[2]] = new
     found = [row for run in table.values() for row in run]
     columns = list(dict.fromkeys(column for row in found for column in row))
     path = Path(f"benchmark/results/{name}.csv")

@@ -4,7 +4,7 @@
 # for those with few but large batches (tiny: 64 updates); what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scale=${1:-tiny} task=${task:-tldr_tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=() more=()
-[[ " ${scales:=tiny or paper} " == *" $scale "* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
+[[ " ${scales:=tiny or paper} " == *" $scale "* && $scale != *or* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
 [ -x $python ] || { echo "$0: no $python here: make install" >&2; exit 2; }
 prepare() { # prepare TASK FOLDER [FLAG ...]: unless its folder is there
     [ -n "${DRY:-}" ] || [ -e "$2" ] || $python -m "benchmark.tasks.$1" "${@:3}"

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import json
 import math
 import os
@@ -74,7 +75,8 @@ def test_every_claim_has_its_runs():
         ("equal (fig 1)", -1.9, 1.9, "yes"),
         ("equal (fig 1)", -2.1, 1.9, "undecided"),
         ("equal (fig 1)", -1.5, -0.5, "yes"),
-        ("equal (fig 1)", -3.0, -0.5, "no"),
+        ("equal (fig 1)", -3.0, -0.5, "undecided"),
+        ("equal (fig 1)", -3.0, -2.1, "no"),
         ("lower (fig 4)", -3.0, -0.5, "yes"),
         ("lower (fig 4)", 0.5, 3.0, "no"),
         ("higher (fig 7)", 0.5, 3.0, "yes"),
@@ -105,7 +107,8 @@ def test_differences():
     assert plot.differences(rows, "loss=b + loss=a", "loss=a + loss=b", "kept") == pytest.approx([0])
     assert plot.differences(rows, "loss=a + loss=b", "loss=b + loss=a", "step_seconds") == pytest.approx([0])
     half = [row | {"step_seconds": row["step_seconds"] / (1 + (row["loss"] == "b"))} for row in rows]
-    assert plot.differences(half, "loss=b + loss=a", "loss=a + loss=a", "step_seconds") == pytest.approx([-50])
+    assert plot.differences(half, "loss=b + loss=b", "loss=a + loss=b", "step_seconds") == pytest.approx([-50])
+    assert plot.differences(rows, "loss=b + loss=b", "loss=a + loss=b", "kept") == pytest.approx([-50])
     assert plot.differences(rows, "loss=a", "loss=b", "win_rate_at_kl") == pytest.approx([float("nan")], nan_ok=True)
     other = [row | {"prepared": row["loss"]} for row in rows]  # each on a task of its own: no pair
     assert plot.differences(other, "loss=b", "loss=a") == []
@@ -125,6 +128,13 @@ def test_a_wrong_scale_is_refused():
     for name, scale, allowed in [("lag", "papre", "tiny or paper"), ("chatbot", "tiny", "paper")]:
         done = subprocess.run(["bash", f"benchmark/{name}.sh", scale], cwd=HERE, capture_output=True, text=True)
         assert done.returncode == 2 and f"the scale is {allowed}, not {scale}" in done.stderr
+
+
+def test_how_a_task_was_prepared(tmp_path):
+    (tmp_path / "sft-m").mkdir()
+    (tmp_path / "sft-m/model.safetensors").write_bytes(b"weights")
+    assert run.prepared(tmp_path) == hashlib.sha256(b"weights").hexdigest()[:8]
+    assert run.prepared(tmp_path / "sft-m") == ""
 
 
 def test_grid():
@@ -177,6 +187,10 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KEEP", "1")
     run.main("lag", script, *options, "--seed=1,2,3,4")
     assert capsys.readouterr().out.splitlines() == [f"{script} {' '.join(options)} --seed=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "prepared", lambda _: "anew")  # these lines are of another preparation of the task
+        run.main("lag", script, *options, "--seed=1,2,3,4")
+    assert capsys.readouterr().out.count(script) == 4
     monkeypatch.delenv("DRY")
     run.main("lag", script, *options, "--seed=1,2,3")
     assert (tmp_path / "benchmark/results/lag.csv").read_text() == table

@@ -96,7 +96,7 @@ class Args:
     seed: int = 1
     """seed of the data, the models and the sampling"""
     sizes: list[Literal["s", "m", "l"]] = field(default_factory=lambda: ["m"])
-    """policy sizes to prepare (s 0.4M, m 0.9M, l 7.7M parameters)"""
+    """policy sizes to prepare (s 0.35M, m 0.9M, l 7.7M parameters)"""
     reward_sizes: list[Literal["s", "m"]] = field(default_factory=lambda: ["m"])
     """reward model sizes to prepare (each starts from the SFT policy of its size; all learn from samples of m)"""
     train_size: int = 20_000
