@@ -35,7 +35,7 @@ FLAGS = ("seed", "model", "reward", "placement", "algo", "dpo_loss", "rloo_loss"
 FLAGS += ("num_mini_batches", "num_epochs", "samples_per_prompt", "learning_rate", "lr_schedule", "batch_size")
 FLAGS += ("beta", "kl_coef")
 EVALUATION = ("win_rate", "gold_score", "score", "ended", "kl", "perplexity", "response_length")
-STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "effective_sample_size", "grad_norm")
+STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "loss_clipped", "effective_sample_size", "grad_norm")
 
 
 def grid(options: list[str]) -> list[list[str]]:
@@ -154,7 +154,7 @@ def rows(folder: Path) -> list[dict]:
         values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
         values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}
         if steps:
-            values |= {name: float(np.mean([s[name] for s in steps])) for name in STEPS}
+            values |= {name: float(np.mean([s[name] for s in steps])) for name in STEPS if name in steps[0]}
             values["train_score"] = float(np.mean([s["score"] for s in steps]))
         found.append(same | {k: round(v, 5) for k, v in values.items()} | where)
         steps = []
