@@ -113,6 +113,11 @@ def select(rows: list[dict], values: dict) -> list[dict]:
     return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
 
+def timed(rows: list[dict], measure: str) -> list[dict]:
+    """Of a measure in seconds, the runs that had the machine for themselves."""
+    return [row for row in rows if row["jobs"] == 1] if "seconds" in measure else rows
+
+
 def last(rows: list[dict]) -> list[dict]:
     """The last evaluation of each run that did not diverge."""
     return [run[-1] for run in groups(rows, ("command",)).values() if not run[-1]["diverged"]]
@@ -123,7 +128,7 @@ def text(value) -> str:
 
 
 def line(axis, rows: list[dict], x: str, y: str, **look) -> None:
-    points = groups(last(rows), (x,)) if x in DIALS else groups(rows, ("version",))
+    points = groups(last(rows), (x,)) if x in DIALS else groups(timed(rows, x), ("version",))
     found = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
     where, middle, low, high = np.array(found).T
     axis.plot(where, middle, marker="o", markersize=3, **look)
@@ -213,13 +218,13 @@ def table(name: str) -> str:
             lines += [f"{LABELS[measure]}:", "", *head([*keys, *(f"{DIALS[dials[0]][0]} = {v:g}" for v in values)])]
             for key, group in groups(last(rows), keys).items():
                 parts = groups(group, dials)
-                cells = [brief([row[measure] for row in parts.get((v,), [])], runs) for v in values]
+                cells = [brief([row[measure] for row in timed(parts.get((v,), []), measure)], runs) for v in values]
                 lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
             lines.append("")
     else:
         lines = head([*keys, *measures])
         for key, group in groups(last(rows), keys).items():
-            cells = [brief([row[measure] for row in group if row[measure] != ""], runs) for measure in measures]
+            cells = [brief([r[m] for r in timed(group, m) if r[m] != ""], runs) for m in measures]
             lines.append(f"| {' | '.join([*map(text, key), *cells])} |")
         lines.append("")
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
@@ -272,9 +277,8 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
     values = []
     for side in sides(plus) + sides(minus):
         runs = defaultdict(list)
-        for row in select(rows, {key: value for key, value in side.items() if key != "version"}):
-            if "seconds" not in measure or row["jobs"] == 1:
-                runs[row["prepared"], row["seed"]].append(row)
+        for row in timed(select(rows, {key: value for key, value in side.items() if key != "version"}), measure):
+            runs[row["prepared"], row["seed"]].append(row)
         for pair, run in runs.items():
             if len({row["command"] for row in run}) > 1:
                 raise SystemExit(f"benchmark.plot: more than one run of {side} for seed {pair[1]:g}")
@@ -346,20 +350,18 @@ def claims() -> str:
 
 def results() -> str:
     """The README's table: what asynchronous runs reach and how long their steps are, beside the synchronous ones."""
-    with open("benchmark/results/all_algorithms.csv") as f:
-        rows = [row | {"algorithm": row["algo"] or row["script"].removeprefix("async_")} for row in csv.DictReader(f)]
     lines = head(["task", "algorithm", "before", "asynchronous", "synchronous", "`split`", "`colocate`"])
-    for (task, algorithm), group in groups(rows, ("task", "algorithm")).items():
-        measure = "win_rate" if group[0]["win_rate_last"] else "score"
-        ways = {way: {row["seed"]: row for row in rows} for (way,), rows in groups(group, ("placement",)).items()}
-        values = [[float(row[f"{measure}_first"]) for row in ways[""].values()]]
-        values += [[float(row[f"{measure}_last"]) for row in ways[way].values()] for way in ("", "split")]
-        cells = [f"{100 * np.mean(v):.1f} ± {100 * np.std(v, ddof=1):.1f} %" for v in values]
-        for way in ("split", "colocate"):
-            slower = [float(row["step"]) / float(ways[""][seed]["step"]) for seed, row in ways[way].items()]
-            mean, low, high = t_interval(slower) if len(slower) > 2 else (np.mean(slower), 0, 0)
-            cells.append(f"{mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low else f" (seeds: {len(slower)})"))
-        lines.append(f"| {' | '.join([task, algorithm, *cells])} |")
+    for name, measure, policy in (("async_vs_sync", "win_rate", "sft-m"), ("math", "accuracy", "sft")):
+        rows = select(read(name), {"policy": policy})
+        for (task, algorithm), group in groups(rows, ("task", "algorithm")).items():
+            start = [row for row in group if row["way"] == "S=1" and row["version"] == 0]
+            values = [start, *(select(last(group), {"way": way}) for way in ("S=1", "split"))]
+            values = [[100 * row[measure] for row in part] for part in values]
+            cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f} %" for v in values]
+            for way in ("split", "colocate"):
+                slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
+                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in t_interval(slower))))
+            lines.append(f"| {' | '.join([task, algorithm, *cells])} |")
     return "\n".join([*lines, ""])
 
 
