@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import tyro
@@ -117,6 +118,22 @@ def test_differences():
     for row in rows:
         row["jobs"] = 2.0
     assert plot.differences(rows, "loss=b", "loss=a", "step_seconds") == []
+
+
+def test_pages_show_what_the_results_say(monkeypatch):
+    """`make figures` would change no table."""
+    monkeypatch.chdir(HERE)
+    study = [
+        (path.stem, plot.table(path.stem))
+        for path in Path("benchmark/results").glob("*.csv")
+        if path.stem.partition("-")[0] in plot.FIGURES
+    ]
+    for page, blocks in [
+        ("README.md", [("results", plot.results())]),
+        ("benchmark/README.md", [("claims", plot.claims()), *study]),
+    ]:
+        for name, block in blocks:
+            assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
 
 
 def test_t_interval():
