@@ -1,33 +1,36 @@
 #!/usr/bin/env bash
 # Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements, for
-# every algorithm and three sizes of the policy; five seeds. At tiny the times are of the first three, and `colocate`, which
-# learns what `split` learns to the bit, is run for these only.
-# docstrings: real text and a pretrained policy, Online DPO, three seeds; about 80 minutes, and 15 to prepare.
+# every algorithm and three sizes of the policy.
+# tiny: 117 runs, five seeds. Times are of seeds 1 to 3, one run at a time; 4 and 5 are run side by side, for their win-rates
+# only, and without `colocate`, which learns what `split` learns to the bit. SEEDS=1,2 runs these seeds one at a time.
+# docstrings: real text and a pretrained policy, Online DPO, three seeds. paper: five.
 set -euo pipefail
 scales="tiny or docstrings or paper"
 . "$(dirname "$0")/scales.sh"
-export JOBS=1 # its times count
-algos=(online_dpo rloo ppo) rounds=(1 2 3 4 5) # in turn: times drift
+algos=(online_dpo rloo ppo) timed=${SEEDS:-1,2,3,4,5} side_by_side=
 case $scale in
 tiny)
     prepare_sizes
     flags+=(--total-episodes 3072 --learning-rate 2e-4 --eval-every 6) # still rising
-    rounds=(1 2 3 4,5)
+    [ -n "${SEEDS:-}" ] || timed=1,2,3 side_by_side=4,5
     ;;
-docstrings) algos=(online_dpo) rounds=(1 2 3) ;;
+docstrings) algos=(online_dpo) timed=${SEEDS:-1,2,3} ;;
 esac
-[ -z "${SEEDS:-}" ] || rounds=(${SEEDS//,/ })
-for seeds in "${rounds[@]}"; do
-    [[ $seeds != *,* ]] || JOBS=2 # no times of these
+all() { # all SEEDS
+    local model algo own
     for model in "${sizes[@]}"; do
         own=(--model "$model")
         [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)
         [[ $model != *sft-l ]] || own+=(--learning-rate 8e-5 --total-episodes 2048 --eval-every 4) # moves as far as m (scale.sh)
         for algo in "${algos[@]}"; do
-            SEEDS=$seeds run async_vs_sync async_$algo.py "${own[@]}"
-            SEEDS=$seeds run async_vs_sync sync_baseline.py --algo $algo "${own[@]}"
-            [ $JOBS = 2 ] || SEEDS=$seeds colocate async_vs_sync --algo $algo "${own[@]}"
+            SEEDS=$1 run async_vs_sync async_$algo.py "${own[@]}"
+            SEEDS=$1 run async_vs_sync sync_baseline.py --algo $algo "${own[@]}"
+            [ "$JOBS" = 2 ] || SEEDS=$1 colocate async_vs_sync --algo $algo "${own[@]}"
         done
     done
-done
+}
+export JOBS=1
+for seed in ${timed//,/ }; do all "$seed"; done # in turn: times drift
+export JOBS=2
+[ -z "$side_by_side" ] || all "$side_by_side"
 draw async_vs_sync

@@ -61,6 +61,18 @@ OWN_LOSS = {
     "rloo": "proximal",
     "ppo": "behaviour",
 }  # losses that are this one at S = 0 were not run there
+FINDINGS = {  # of the paper, a figure or table each
+    "async_vs_sync": "fig 1: asynchronous as good as synchronous, and 1.25 times as fast at 2.8B",
+    "async_vs_sync-docstrings": "the same on real text",
+    "off_policyness": "fig 3: PPO's win-rate falls with N; every N on one curve of win-rate against KL",
+    "off_policyness_greedy": "the same, near-greedily",
+    "losses": "fig 4: Online DPO bears off-policy data best, best-of-2 SFT worst",
+    "scale": "fig 5: a larger policy bears more of it, a larger reward model does not help",
+    "epochs": "fig 7: T updates on a batch buy win-rate per completion and cost KL",
+    "epochs_time": "fig 7, its time: bound by generation they cost none",
+    "samples": "fig 8: bound by learning, K = 4 gets as far as K = 2 in half the updates, at more KL",
+    "math": "GSM8K: asynchronous as accurate, and 1.7 times as fast",
+}
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
 MARGIN = 2.0  # points of win-rate or accuracy: less is called equal
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -72,9 +84,13 @@ def number(value: str) -> float | str:
     return value
 
 
+def results_of(name: str) -> Path:
+    return Path(f"benchmark/results/{name}.csv")
+
+
 def read(name: str) -> list[dict]:
     """The lines of a table, with numbers as numbers, and what the flags mean."""
-    with open(f"benchmark/results/{name}.csv") as f:
+    with open(results_of(name)) as f:
         rows = list(csv.DictReader(f))
     words = ("commit", "prepared", "torch", "transformers", "vllm")
     return [meaning({key: value if key in words else number(value) for key, value in row.items()}) for row in rows]
@@ -156,6 +172,8 @@ def draw(name: str) -> None:
             colour, dashes = i, 0
             if len(lines) == 2:  # the first key is the colour, the second the dashes
                 colour, dashes = (values.index(value) for values, value in zip(seen, key))
+            if key == ("colocate",) and panel.x == "episodes":  # it learns what split learns
+                continue
             look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes], "label": ", ".join(map(text, key))}
             line(axis, group, panel.x, panel.y, **look)
         axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y])
@@ -229,9 +247,10 @@ def table(name: str) -> str:
         lines.append("")
     seeds, commits = (sorted({row[name] for row in rows}) for name in ("seed", "commit"))
     told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}"
-    told += " (of three: their range, which holds the true mean in three cases of four)" * (len(seeds) == 3)
-    tasks = len({row["prepared"] for row in rows})
-    told += ", one prepared task." if tasks == 1 else f", a task prepared {tasks} times."
+    fewest = min(len(timed(group, "seconds")) or len(group) for group in groups(last(rows), keys + dials).values())
+    told += " (of three: their range, which holds the true mean in three cases of four)" * (fewest == 3)
+    tasks = sorted({row["prepared"] or "on a former machine" for row in rows})
+    told += f". Task prepared {', '.join(tasks)}."
     if gone := sorted({row["command"] for row in rows if row["diverged"]}):
         told += " Diverged and left out: " + "; ".join(f"`{command}`" for command in gone) + "."
     return "\n".join([*lines, f"{told} Commit {', '.join(commits)}.", ""])
@@ -270,7 +289,9 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
     seconds, step_seconds  % (runs that had the machine for themselves)
     episodes_to,           completions or seconds until `plus` first has the last win-rate (or accuracy) of `minus`,
     seconds_to             against those until `minus` first has it, in %; evaluations are the resolution
-    win_rate_at_kl         points above the curve of `minus` at the KL where `plus` ends, if `minus` gets there
+    win_rate_at_kl,        points above the curve of `minus` at the KL, or after the seconds, at which `plus` ends, if
+    win_rate_at_seconds,   `minus` gets there
+    accuracy_at_seconds
     kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
                            and two less the same share of the second of `minus` over that of `plus`, as are step_seconds
     """
@@ -294,15 +315,15 @@ def difference(runs: list[list[dict]], measure: str) -> float:
     if any(row["diverged"] for run in runs for row in run):
         return float("nan")
     gains = [100 * (run[-1]["win_rate"] - run[0]["win_rate"]) for run in runs if measure == "kept"]
-    curve = {key: [row[key] for row in runs[-1]] for key in ("win_rate", "kl") if key in runs[-1][0]}
     match measure, len(runs):
         case "kept", 2:
             return 100 * (gains[0] / gains[1] - 1)
         case "kept", 4:
             return 100 * (gains[0] / gains[2] - gains[3] / gains[1])
-        case "win_rate_at_kl", 2:
-            new = runs[0][-1]
-            return 100 * (new["win_rate"] - np.interp(new["kl"], curve["kl"], curve["win_rate"], right=np.nan))
+        case (("win_rate_at_kl" | "win_rate_at_seconds" | "accuracy_at_seconds"), 2):
+            y, x = measure.split("_at_")
+            new, curve = runs[0][-1], {key: [row[key] for row in runs[1]] for key in (x, y)}
+            return 100 * (new[y] - np.interp(new[x], curve[x], curve[y], right=np.nan))
         case (("episodes_to" | "seconds_to"), 2):
             goal, cost = "win_rate" if "win_rate" in runs[1][-1] else "accuracy", measure.removesuffix("_to")
             first = [next((row[cost] for row in run if row[goal] >= runs[1][-1][goal]), float("nan")) for run in runs]
@@ -322,35 +343,47 @@ def verdict(paper: str, low: float, high: float) -> str:
     return "yes" if yes else "no" if no else "undecided" if paper else ""
 
 
-def claims() -> str:
-    """The table of all claims that have runs, and below it the others."""
+def claims() -> tuple[str, str]:
+    """How many claims of each figure of the paper are reproduced; all claims, those without runs below the others."""
     with open("benchmark/claims.csv") as f:
         rows = list(csv.DictReader(f))
-    columns = ["experiment", "claim", "the paper", "expected here"]
+    tables = {name: read(name) for name in {row["experiment"] for row in rows} if results_of(name).exists()}
+    columns, answers = ["experiment", "claim", "the paper", "expected here"], defaultdict(list)
     done, waiting = head([*columns, "found here", "pairs", "reproduced?"]), head(columns)
     for row in rows:
         name, found, answer = row["experiment"], [], ""
         cells = [f"`{name}`", row["claim"], row["paper"], row["expected"]]
-        if Path(f"benchmark/results/{name}.csv").exists():
-            found = differences(read(name), row["plus"], row["minus"], row["measure"])
-        if np.isnan(found).any():
+        if name in tables:
+            found = differences(tables[name], row["plus"], row["minus"], row["measure"])
+        if len(found) < 3:
+            waiting.append(f"| {' | '.join(cells)} |")
+            answer = "not run"
+        elif np.isnan(found).any():
             here = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
-        elif len(found) > 2:
+            answer = "undecided" * bool(row["paper"])
+        else:
             mean, low, high = t_interval(found)
             share = "points of share" if row["plus"].count("+") else "%"
-            unit = {"kl": "nats", "win_rate": "points", "accuracy": "points", "win_rate_at_kl": "points"}
-            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit.get(row['measure'], share)}"
+            unit = {"kl": "nats"} | dict.fromkeys(
+                ("seconds", "step_seconds", "episodes_to", "seconds_to", "kept"), share
+            )
+            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit.get(row['measure'], 'points')}"
             answer = verdict(row["paper"], low, high)
-        else:
-            waiting.append(f"| {' | '.join(cells)} |")
-            continue
-        done.append(f"| {' | '.join([*cells, here, str(len(found)), answer])} |")
-    return "\n".join([*done, "", "Not run yet, or for fewer than three seeds:", "", *waiting, ""])
+        if len(found) > 2:
+            done.append(f"| {' | '.join([*cells, here, str(len(found)), answer])} |")
+        answers[name] += [answer] * bool(row["paper"])
+    digest = head(["experiment", "the paper", *(kinds := ("yes", "undecided", "no", "not run"))])
+    for name, finding in FINDINGS.items():
+        counts = [str(answers[name].count(kind) or "") for kind in kinds]
+        digest.append(f"| `{name}` | {finding} | {' | '.join(counts)} |")
+    return "\n".join([*digest, ""]), "\n".join(
+        [*done, "", "Not run yet, or for fewer than three seeds:", "", *waiting, ""]
+    )
 
 
 def results() -> str:
-    """The README's table: what asynchronous runs reach and how long their steps are, beside the synchronous ones."""
-    lines = head(["task", "algorithm", "before", "asynchronous", "synchronous", "`split`", "`colocate`"])
+    """The README's table: asynchronous runs beside synchronous ones, of three seeds or more."""
+    lines = head(["task", "algorithm", "before", "asynchronous", "synchronous", "difference", "`split`", "`colocate`"])
     for name, measure, policy in (("async_vs_sync", "win_rate", "sft-m"), ("math", "accuracy", "sft")):
         rows = select(read(name), {"policy": policy})
         for (task, algorithm), group in groups(rows, ("task", "algorithm")).items():
@@ -358,6 +391,9 @@ def results() -> str:
             values = [start, *(select(last(group), {"way": way}) for way in ("S=1", "split"))]
             values = [[100 * row[measure] for row in part] for part in values]
             cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f} %" for v in values]
+            cells.append(
+                "{:+.1f} [{:+.1f}, {:+.1f}]".format(*t_interval(differences(group, "way=S=1", "way=split", measure)))
+            )
             for way in ("split", "colocate"):
                 slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
                 cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in t_interval(slower))))
@@ -399,7 +435,7 @@ def main(*names: str) -> None:
     if not names:
         weights()
     names_of = {kind: (kind, f"{kind}-docstrings", f"{kind}-paper") for kind in FIGURES}
-    have = [name for kind in FIGURES for name in names_of[kind] if Path(f"benchmark/results/{name}.csv").exists()]
+    have = [name for kind in FIGURES for name in names_of[kind] if results_of(name).exists()]
     for name in names or have:
         if name not in have:
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(have)}")
@@ -409,8 +445,9 @@ def main(*names: str) -> None:
         else:
             include(page, name, table(name))
         print(f"benchmark/figures/{name}.png, and its table")
-    include(page, "claims", claims())
-    if not names:
+    for name, new in zip(("digest", "claims"), claims()):
+        include(page, name, new)
+    if not names or {"async_vs_sync", "math"} & set(names):
         include(Path("README.md"), "results", results())
 
 

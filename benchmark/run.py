@@ -64,7 +64,12 @@ def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Pat
 
 def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, lock: int) -> subprocess.Popen:
     """One run of a script, resumed where there is something to resume; of several jobs each has its own cores."""
-    resume = (folder / "config.json").exists()
+    config = folder / "config.json"
+    other = config.exists() and config.stat().st_mtime < age(task_of(folder))
+    if finished(folder) or other:  # of the task as it was prepared before: begin anew
+        shutil.rmtree(folder)
+        Path(f"{folder}.log").unlink(missing_ok=True)
+    resume = config.exists()
     launcher = shlex.split(os.environ.get("LAUNCH") or sys.executable)
     command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
     print(shlex.join(command), flush=True)
@@ -72,8 +77,6 @@ def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, loc
     cores = sorted(os.sched_getaffinity(0))
     if jobs > 1:
         command = ["taskset", "--cpu-list", ",".join(map(str, cores[slot::jobs])), *command]
-    for stale in ("prepared", "diverged"):
-        (folder / stale).unlink(missing_ok=True)
     processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["unknown"]
     with open(f"{folder}.log", "a") as log:
         print(f"JOBS={jobs}\nPROCESSOR={processor[0]}", file=log, flush=True)
@@ -142,7 +145,7 @@ def rows(folder: Path) -> list[dict]:
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
     log = Path(f"{folder}.log").read_text()
-    where["jobs"] = max(re.findall(r"^JOBS=(\d+)$", log, re.MULTILINE))
+    where["jobs"] = max(map(int, re.findall(r"^JOBS=(\d+)$", log, re.MULTILINE)))
     where |= {"commit": config["commit"], "machine": config["machine"]["platform"], "cores": config["machine"]["cores"]}
     where |= {"processor": re.findall(r"^PROCESSOR=(.*)$", log, re.MULTILINE)[-1]} | packages
     found, steps, episodes, seconds = [], [], 0, 0.0
@@ -164,8 +167,17 @@ def rows(folder: Path) -> list[dict]:
 @functools.cache
 def prepared(task: Path) -> str:
     """How a task was prepared: 8 hexadecimal digits of the weights of its SFT policy (of size m); of the Hub: ""."""
-    files = sorted(path for name in ("sft", "sft-m") for path in task.glob(f"{name}/*.safetensors"))
+    files = policies(task)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8] if files else ""
+
+
+def age(task: Path) -> float:
+    """When its SFT policy was written; of the Hub: 0."""
+    return max((path.stat().st_mtime for path in policies(task)), default=0)
+
+
+def policies(task: Path) -> list[Path]:
+    return sorted(path for name in ("sft", "sft-m") for path in task.glob(f"{name}/*.safetensors"))
 
 
 def saved(name: str) -> dict[str, list[dict]]:

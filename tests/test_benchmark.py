@@ -104,6 +104,8 @@ def test_differences():
     for row in scores:
         del row["win_rate"]
     assert plot.differences(scores, "loss=a", "loss=b", "seconds_to") == pytest.approx([-100 / 3])
+    late = [row | {"seconds": row["episodes"] / (1 + (row["loss"] == "a"))} for row in rows]  # b has 0.25 when a ends
+    assert plot.differences(late, "loss=a", "loss=b", "win_rate_at_seconds") == pytest.approx([15])
     assert plot.differences(rows, "loss=a version=2", "loss=a version=1") == pytest.approx([10])
     assert plot.differences(rows, "loss=b + loss=a", "loss=a + loss=b", "kept") == pytest.approx([0])
     assert plot.differences(rows, "loss=a + loss=b", "loss=b + loss=a", "step_seconds") == pytest.approx([0])
@@ -130,7 +132,7 @@ def test_pages_show_what_the_results_say(monkeypatch):
     ]
     for page, blocks in [
         ("README.md", [("results", plot.results())]),
-        ("benchmark/README.md", [("claims", plot.claims()), *study]),
+        ("benchmark/README.md", [*zip(("digest", "claims"), plot.claims()), *study]),
     ]:
         for name, block in blocks:
             assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
@@ -177,7 +179,7 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(f))
     assert [(row["seed"], row["jobs"]) for row in rows] == [(seed, "2") for seed in "123" for _ in range(3)]
     page = tmp_path / "benchmark/README.md"
-    page.write_text("<!-- claims -->\n<!-- end -->\n<!-- lag -->\n<!-- end -->\n")
+    page.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in ("digest", "claims", "lag")))
     (tmp_path / "benchmark/claims.csv").write_text(
         "experiment,claim,paper,expected,measure,plus,minus\nlag,nothing,,,win_rate,S=1,S=1\n"
     )
@@ -192,6 +194,10 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
         os.remove(folder / file)
     run.main("lag", script, *options, "--seed=1,2,3")
     assert "--resume" in capsys.readouterr().out and json.loads((folder / "summary.json").read_text())
+    (folder / "prepared").write_text("another")  # prepared anew since: the run begins anew, and its log
+    Path(f"{folder}.log").write_text("JOBS=16\n")
+    run.main("lag", script, *options, "--seed=1,2,3")
+    assert "--resume" not in capsys.readouterr().out and "JOBS=16" not in Path(f"{folder}.log").read_text()
     with pytest.raises(SystemExit, match="failed with status"):
         run.main("lag", script, *options, "--max-staleness=-1")
 
