@@ -141,6 +141,7 @@ def rows(folder: Path) -> list[dict]:
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS} | {"prepared": (folder / "prepared").read_text()}
+    times["step_seconds"], own = steady_step(records, args["max_staleness"], times["step_seconds"])
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
@@ -152,7 +153,7 @@ def rows(folder: Path) -> list[dict]:
     for record in records:
         if "step" in record:
             steps.append(record)
-            episodes, seconds = record["episodes"], seconds + (record["time/step"] or times["step_seconds"] or 0.0)
+            episodes, seconds = record["episodes"], seconds + own.get(record["step"], times["step_seconds"] or 0.0)
             continue
         values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
         values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}
@@ -162,6 +163,19 @@ def rows(folder: Path) -> list[dict]:
         found.append(same | {k: round(v, 5) for k, v in values.items()} | where)
         steps = []
     return found
+
+
+def steady_step(records: list[dict], lag: int, otherwise: float | None) -> tuple[float | None, dict[int, float]]:
+    """Median seconds of a step, and by step those that no evaluation shortened.
+
+    The step after one has no time, and the batches of the next `lag` steps were generated during it.
+    """
+    since, own = 0, {}
+    for record in records:
+        since = since + 1 if "step" in record else 0
+        if since > 1 + lag and record["time/step"] is not None:
+            own[record["step"]] = record["time/step"]
+    return (float(np.median(list(own.values()))) if own else otherwise), own
 
 
 @functools.cache

@@ -156,6 +156,20 @@ def test_how_a_task_was_prepared(tmp_path):
     assert run.prepared(tmp_path / "sft-m") == ""
 
 
+def test_steady_step():
+    """With S = 1 a step after an evaluation has no time, and the next did not have to wait for its batch."""
+    times = [None, 3.0, 5.0, 6.0, "evaluation", None, 1.0, 7.0]
+    records, step = [{"version": 0}], 0
+    for time in times:
+        if time == "evaluation":
+            records.append({"version": step})
+        else:
+            records.append({"step": step, "time/step": time})
+            step += 1
+    assert run.steady_step(records, 1, 9.0) == (6.0, {2: 5.0, 3: 6.0, 6: 7.0})
+    assert run.steady_step(records[:3], 1, 9.0) == (9.0, {})
+
+
 def test_grid():
     assert run.grid(["--a", "1,2", "--b=x", "--c", "--a=3,4"]) == [["--a=3", "--b=x", "--c"], ["--a=4", "--b=x", "--c"]]
     assert run.grid(["--gold", "", "--temperature", "-1"]) == [["--gold=", "--temperature=-1"]]
