@@ -205,12 +205,12 @@ def saved(name: str) -> dict[str, list[dict]]:
 
 
 def write_table(name: str) -> None:
-    """benchmark/results/NAME.csv: what is there, less what the finished runs in runs/NAME/ give anew."""
+    """benchmark/results/NAME.csv, sorted by command: the lines of finished runs in place of their old ones."""
     table = saved(name)
     for folder in filter(finished, sorted(Path("runs", name).glob("*/"))):
         if new := rows(folder):
             table[new[0]["command"].partition(" ")[2]] = new
-    found = [row for run in table.values() for row in run]
+    found = [row for command in sorted(table) for row in table[command]]
     columns = list(dict.fromkeys(column for row in found for column in row))
     path = Path(f"benchmark/results/{name}.csv")
     with open(part := path.with_suffix(".part"), "w") as f:
