@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements, for
 # every algorithm and three sizes of the policy.
-# tiny: 117 runs, five seeds. Times are of seeds 1 to 3, one run at a time; 4 and 5 are run side by side, for their win-rates
-# only, and without `colocate`, which learns what `split` learns to the bit. SEEDS=1,2 runs these seeds one at a time.
+# tiny: 99 runs, five seeds. Times are of seeds 1 to 3, one run at a time; 4 and 5 are run side by side, for their win-rates
+# only. `colocate`, which learns what `split` learns to the bit, is run for its times of size m. SEEDS=1,2 runs these seeds one
+# at a time.
 # docstrings: real text and a pretrained policy, Online DPO, three seeds. paper: five.
 set -euo pipefail
 scales="tiny or docstrings or paper"
@@ -21,11 +22,11 @@ all() { # all SEEDS
     for model in "${sizes[@]}"; do
         own=(--model "$model")
         [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)
-        [[ $model != *sft-l ]] || own+=(--learning-rate 8e-5 --total-episodes 2048 --eval-every 4) # moves as far as m (scale.sh)
+        [[ $model != *sft-l ]] || own+=(--total-episodes 2048 --eval-every 8) # three times as long a step
         for algo in "${algos[@]}"; do
             SEEDS=$1 run async_vs_sync async_$algo.py "${own[@]}"
             SEEDS=$1 run async_vs_sync sync_baseline.py --algo $algo "${own[@]}"
-            [ "$JOBS" = 2 ] || SEEDS=$1 colocate async_vs_sync --algo $algo "${own[@]}"
+            [[ $JOBS = 2 || $model = *sft-[sl] ]] || SEEDS=$1 colocate async_vs_sync --algo $algo "${own[@]}"
         done
     done
 }

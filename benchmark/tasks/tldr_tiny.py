@@ -86,7 +86,7 @@ WRONG, REPEATED, UNGRAMMATICAL = 0.7, 0.7, 0.5
 FREE_LENGTH, PER_WORD = 18, 0.2
 
 MAX_NEW_TOKENS = 32
-SIZES = {"s": (96, 3, 256), "m": (128, 4, 384), "l": (320, 6, 896)}  # hidden, layers, intermediate
+SIZES = {"s": (96, 3, 256), "m": (128, 4, 384), "l": (192, 5, 512)}  # hidden, layers, intermediate
 SFT_STEPS, SFT_LR = 500, {"s": 4e-3, "m": 3e-3, "l": 1.5e-3}  # batches of 32
 RM_PROMPTS, RM_LR = 3_000, {"s": 1e-3, "m": 5e-4}
 
@@ -96,7 +96,7 @@ class Args:
     seed: int = 1
     """seed of the data, the models and the sampling"""
     sizes: list[Literal["s", "m", "l"]] = field(default_factory=lambda: ["m"])
-    """policy sizes to prepare (s 0.35M, m 0.9M, l 7.7M parameters)"""
+    """policy sizes to prepare (s 0.35M, m 0.9M, l 2.2M parameters)"""
     reward_sizes: list[Literal["s", "m"]] = field(default_factory=lambda: ["m"])
     """reward model sizes to prepare (each starts from the SFT policy of its size; all learn from samples of m)"""
     train_size: int = 20_000
