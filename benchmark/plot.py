@@ -165,16 +165,19 @@ def draw(name: str) -> None:
     sharey = "row" if kind in COLUMNS else False
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
     for axis, (panel, part, title) in zip(axes.flat, places):
-        part = select(part, panel.only)
-        lines = varying(part, panel.lines)
-        seen = [sorted({row[key] for row in part}) for key in lines]
-        for i, (key, group) in enumerate(groups(part, lines).items()):
-            colour, dashes = i, 0
-            if len(lines) == 2:  # the first key is the colour, the second the dashes
-                colour, dashes = (values.index(value) for values, value in zip(seen, key))
+        shown = select(part, panel.only)
+        if not shown:  # not run
+            axis.remove()
+            continue
+        lines = varying(shown, panel.lines)
+        seen = [sorted({row[key] for row in part}) for key in lines]  # in all panels the same colours
+        for i, (key, group) in enumerate(groups(shown, lines).items()):
+            look = {"color": f"C{i}", "linestyle": "-", "label": ", ".join(map(text, key))}
+            if 1 <= len(lines) <= 2:  # the first key is the colour, the second the dashes
+                colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0])[:2]
+                look |= {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes]}
             if key == ("colocate",) and panel.x == "episodes":  # it learns what split learns
                 continue
-            look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes], "label": ", ".join(map(text, key))}
             line(axis, group, panel.x, panel.y, **look)
         axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y])
         axis.set_title(", ".join(filter(None, [title, panel.only.get("policy")])))

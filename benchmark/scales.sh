@@ -49,7 +49,7 @@ paper)
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds to write a checkpoint after a signal
     ;;
 esac
-prepare_sizes() { # of the policy and the reward model, 12 to 18 minutes
+prepare_sizes() { # of the policy and the reward model, about 15 minutes
     [ "$scale" != tiny ] || prepare tldr_tiny tasks/tldr-tiny/rm-s --sizes s m l --reward-sizes s m
 }
 run() { # run NAME SCRIPT --flag value[,value...] ...
