@@ -10,6 +10,6 @@ for model in "${sizes[@]}"; do
     run scale sync_baseline.py --algo online_dpo "${short[@]}" --model "$model" --num-mini-batches $batches
 done
 run scale sync_baseline.py --algo online_dpo "${short[@]}" --reward "$other_reward" --num-mini-batches $batches
-[ "$scale" = paper ] || # l again, at a rate at which it does not over-optimise the reward model
+[ "$scale" = paper ] || # l again, at a lower rate: at 1e-4 the l of then, of 7.7 M, over-optimised the reward model
     run scale sync_baseline.py --algo online_dpo "${short[@]}" --model "${sizes[2]}" --num-mini-batches $batches --learning-rate 4e-5
 draw scale
