@@ -6,7 +6,7 @@ Values with commas span the grid; the last flag changes fastest. A run is kept i
 what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
 anew; a run that fails ends the command with its output. After each run its lines, one an evaluation, take the place in
 benchmark/results/NAME.csv of those of the same command; the others stay. KEEP=1 runs only what has no lines there for
-the task as it is prepared here: prepared on another kind of processor it differs a little (column `prepared`).
+the task as it is prepared here (column `prepared`).
 LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1 the commands are only printed. JOBS=2
 runs two at a time, each on its half of the cores: times do not compare then, and results only with those of as many
 threads a side (on 2 cores all but `colocate`).

@@ -1,9 +1,13 @@
 """The tasks' rules: rewards by hand, held-out problems, the same bytes for the same seed. No model is trained here."""
 
 import json
+import platform
 import random
 import re
+import subprocess
+import sys
 
+import pytest
 from datasets import load_from_disk
 
 from benchmark.tasks import docstrings, gsm8k, math_tiny, no_robots, tldr_tiny
@@ -108,3 +112,17 @@ def test_no_robots_from_a_folder_with_its_columns(tmp_path):
     row = load_from_disk(str(tmp_path / "out" / "data"))["test"][0]
     assert row["query"].startswith("### System:\nBe kind.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\nBye")
     assert row["query"].endswith("### Assistant:\n") and row["reference"] == "See you."
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about the instruction sets of x86 processors")
+@pytest.mark.parametrize("task", ["tldr_tiny", "math_tiny"])
+def test_preparing_uses_the_instructions_that_every_processor_has(task, tmp_path):
+    """After everything was imported, as when a task is prepared: with wider instructions its bytes would be others."""
+    code = f"""
+import torch
+from benchmark.tasks import common, {task}
+common.Preparation.__init__ = lambda self, *_: setattr(self, "done", True)
+{task}.main({task}.Args())
+print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.split()[-2:] == [str(dict(tldr_tiny=1, math_tiny=2)[task]), "AVX2"]

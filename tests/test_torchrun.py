@@ -48,7 +48,7 @@ def start(command, **env):
 
 
 def assert_same_to_tolerance(one, many):
-    """Every metric but the times, and every weight. The first policy is the reference: its margins are rounding errors."""
+    """Every metric but the times, and every weight. The first policy is the reference: margins are rounding errors."""
     (records, weights), (others, other_weights) = results(one), results(many)
     assert len(records) == len(others) == 6
     for record, other in zip(records, others):

@@ -15,7 +15,6 @@ import random
 import re
 from dataclasses import dataclass
 
-import torch
 import tyro
 from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -122,7 +121,7 @@ def accuracy(model, tokenizer, data, temperature=0.01, samples=1):
 def main(args: Args):
     """Prepare the folder, stage by stage."""
     task = common.Preparation("math-tiny", args)
-    torch.set_num_threads(2)  # the bytes depend on the number of threads
+    common.repeatable(threads=2)
     if task.done:
         return
 

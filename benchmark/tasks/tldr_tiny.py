@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.tasks.common import (
     Preparation,
+    repeatable,
     sample,
     save,
     score,
@@ -229,7 +230,7 @@ def build_rm(folder, args, size, data):
 
 def main(args):
     task = Preparation("tldr-tiny", args)
-    torch.set_num_threads(1)  # the bytes depend on the number of threads, and so small a model gains little
+    repeatable(threads=1)  # so small a model gains little from two
     if task.done:
         return
     task.stage("data", partial(build_data, args=args))
