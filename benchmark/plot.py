@@ -185,7 +185,7 @@ def draw(name: str) -> None:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
         if lines:
-            axis.legend(fontsize=7, title=", ".join(lines), title_fontsize=7)
+            axis.legend(fontsize=7, handlelength=3.5, title=", ".join(lines), title_fontsize=7)
     figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
     plt.close(figure)
 
