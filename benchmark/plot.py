@@ -73,6 +73,8 @@ FINDINGS = {  # of the paper, by experiment, measure and what it says of the dif
     ("off_policyness", "win_rate", "lower"): "fig 3: more cost win-rate",
     ("off_policyness", "win_rate_at_kl", "equal"): "fig 3: every N on one curve of win-rate against KL",
     ("off_policyness_greedy", "win_rate", "lower"): "fig 3, evaluated near-greedily: more cost win-rate",
+    ("value_model", "win_rate", "lower"): "fig 3, with a better start of the value model: more cost win-rate",
+    ("value_model", "win_rate_at_kl", "equal"): "fig 3, the same: every N on one curve of win-rate against KL",
     ("losses", "win_rate", "lower"): "fig 4: N = 16 costs win-rate, and best-of-2 SFT ends lowest",
     ("losses", "kept", "higher"): "fig 4: Online DPO keeps more of its gain than RLOO and PPO",
     ("scale", "kept", "higher"): "fig 5: a larger policy keeps more of it",

@@ -33,7 +33,7 @@ import numpy as np
 # The columns of the table, from the flags, the evaluation, and the steps before it (means).
 FLAGS = ("seed", "model", "reward", "placement", "algo", "dpo_loss", "rloo_loss", "ppo_loss", "max_staleness")
 FLAGS += ("num_mini_batches", "num_epochs", "samples_per_prompt", "learning_rate", "lr_schedule", "batch_size")
-FLAGS += ("beta", "kl_coef")
+FLAGS += ("beta", "kl_coef", "value_model")
 EVALUATION = ("win_rate", "gold_score", "score", "ended", "kl", "perplexity", "response_length")
 STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "loss_clipped", "effective_sample_size", "grad_norm")
 

@@ -27,7 +27,8 @@ EXPERIMENTS = sorted(
 )
 
 
-NONE = [("chatbot.sh", "tiny"), ("epochs_time.sh", "paper"), ("off_policyness_greedy.sh", "paper")]
+NONE = [("chatbot.sh", "tiny")]
+NONE += [(f"{name}.sh", "paper") for name in ("epochs_time", "off_policyness_greedy", "value_model")]
 SCALES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "paper") if (name, scale) not in NONE]
 
 
