@@ -51,11 +51,12 @@ FIGURES = {
     "epochs_time": [Panel(x, "accuracy", ("num_epochs",)) for x in ("episodes", "kl", "seconds")],
     "samples": [Panel(x, "win_rate", ("samples_per_prompt", "learning_rate")) for x in ("episodes", "kl", "seconds")],
     "lag": [Panel("max_staleness", "win_rate", ("loss", "learning_rate"))],
+    "lag_preparations": [Panel("max_staleness", "win_rate", ("loss",))],
     "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
     "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
-COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "math")  # these have a column of panels for each algorithm
+COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "lag_preparations", "math")  # these have a column of panels for each algorithm
 OWN_LOSS = {
     "online_dpo": "dpo",
     "rloo": "proximal",
@@ -69,6 +70,7 @@ FINDINGS = {  # of the paper, by experiment, measure and what it says of the dif
     ("async_vs_sync-docstrings", "win_rate", "equal"): "fig 1, on real text: as good",
     ("async_vs_sync-docstrings", "step_seconds", "lower"): "fig 1, on real text: faster",
     ("lag", "win_rate", "equal"): "fig 1: a lag of one batch costs nothing",
+    ("lag_preparations", "win_rate", "equal"): "fig 1, of five policies and reward models: the same",
     ("off_policyness", "win_rate", "equal"): "fig 3: nor do N = 2 updates on a batch of PPO's",
     ("off_policyness", "win_rate", "lower"): "fig 3: more cost win-rate",
     ("off_policyness", "win_rate_at_kl", "equal"): "fig 3: every N on one curve of win-rate against KL",
@@ -249,7 +251,7 @@ def table(name: str) -> str:
     measures = ["win_rate" if "win_rate" in rows[0] else "accuracy", "kl"]
     measures += ["seconds"] * (kind in ("samples", "epochs_time"))
     measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
-    for group in groups(last(rows), keys + dials).values():
+    for group in groups(last(rows), keys + dials + ("task",)).values():
         if len(tasks := {row["prepared"] or "on a former machine" for row in group}) > 1:
             again = f"KEEP=1 bash benchmark/{kind}.sh {name.partition('-')[2]}".strip()
             told = f"{name} has runs of one point on tasks prepared {' and '.join(sorted(tasks))}"

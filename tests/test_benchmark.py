@@ -28,7 +28,7 @@ EXPERIMENTS = sorted(
 
 
 NONE = [("chatbot.sh", "tiny")]
-NONE += [(f"{name}.sh", "paper") for name in ("epochs_time", "off_policyness_greedy", "value_model")]
+NONE += [(f"{name}.sh", "paper") for name in ("epochs_time", "lag_preparations", "off_policyness_greedy", "value_model")]
 SCALES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "paper") if (name, scale) not in NONE]
 
 

@@ -27,10 +27,13 @@ SPECIAL = ["<pad>", "<eos>", "<unk>"]
 
 
 class Preparation:
-    """The folder of one task. Each stage is built in STAGE.tmp and renamed when complete, so a rerun continues."""
+    """The folder of one task, of a seed other than 1 NAME-SEED.
+
+    Each stage is built in STAGE.tmp and renamed when complete, so a rerun continues.
+    """
 
     def __init__(self, name, args):
-        self.folder = Path("tasks") / name
+        self.folder = Path("tasks") / (name if args.seed == 1 else f"{name}-{args.seed}")
         self.args = json.loads(json.dumps(dataclasses.asdict(args)))
         transformers.logging.set_verbosity_error()  # a new score head is reported as missing weights
         transformers.logging.disable_progress_bar()

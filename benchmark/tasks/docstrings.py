@@ -51,7 +51,7 @@ STOP_WORDS = frozenset(STOP_WORDS.split())
 @dataclass
 class Args:
     seed: int = 1
-    """seed of everything random"""
+    """seed of everything random; of another than 1 the folder is tasks/docstrings-SEED"""
     train: int = 6000
     """largest number of training pairs"""
     validation: int = 256

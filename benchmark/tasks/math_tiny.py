@@ -43,7 +43,7 @@ TOKENS = r" ?[A-Za-z]+|[\s\S]"  # a word with the space before it, or one charac
 @dataclass
 class Args:
     seed: int = 1
-    """seed of everything random"""
+    """seed of everything random; of another than 1 the folder is tasks/math-tiny-SEED"""
     train: int = 16_384
     """number of training problems"""
     validation: int = 512

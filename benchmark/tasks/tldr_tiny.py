@@ -95,7 +95,7 @@ RM_PROMPTS, RM_LR = 3_000, {"s": 1e-3, "m": 5e-4}
 @dataclass
 class Args:
     seed: int = 1
-    """seed of the data, the models and the sampling"""
+    """seed of the data, the models and the sampling; of another than 1 the folder is tasks/tldr-tiny-SEED"""
     sizes: list[Literal["s", "m", "l"]] = field(default_factory=lambda: ["m"])
     """policy sizes to prepare (s 0.35M, m 0.9M, l 2.2M parameters)"""
     reward_sizes: list[Literal["s", "m"]] = field(default_factory=lambda: ["m"])
@@ -202,7 +202,7 @@ def build_sft(folder, args, size, data):
 def build_rm(folder, args, size, data):
     """Pairs of samples of sft-m labelled by gold (ties dropped), one epoch; accuracy on held-out pairs."""
     set_seed(args.seed + 1)
-    source, sampled = (Path("tasks/tldr-tiny") / f"sft-{name}" for name in (size, "m"))
+    source, sampled = (folder.parent / f"sft-{name}" for name in (size, "m"))
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = AutoModelForCausalLM.from_pretrained(sampled, dtype=torch.float32)
 
