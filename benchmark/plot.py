@@ -56,7 +56,7 @@ FIGURES = {
     "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
-COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "lag_preparations", "math")  # these have a column of panels for each algorithm
+COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "lag_preparations", "math")  # a column for each algorithm
 OWN_LOSS = {
     "online_dpo": "dpo",
     "rloo": "proximal",

@@ -28,7 +28,8 @@ EXPERIMENTS = sorted(
 
 
 NONE = [("chatbot.sh", "tiny")]
-NONE += [(f"{name}.sh", "paper") for name in ("epochs_time", "lag_preparations", "off_policyness_greedy", "value_model")]
+TINY_ONLY = ("epochs_time", "lag_preparations", "off_policyness_greedy", "value_model")
+NONE += [(f"{name}.sh", "paper") for name in TINY_ONLY]
 SCALES = [(name, scale) for name in EXPERIMENTS for scale in ("tiny", "paper") if (name, scale) not in NONE]
 
 
@@ -175,6 +176,13 @@ def test_a_point_of_two_preparations_is_refused(monkeypatch):
     monkeypatch.setattr(plot, "read", lambda name: rows)
     with pytest.raises(SystemExit, match="KEEP=1 bash benchmark/samples.sh$"):
         plot.table("samples")
+
+
+def test_a_point_of_several_tasks_is_not(monkeypatch):
+    monkeypatch.chdir(HERE)
+    rows = [row | {key: f"{row['seed']:g}" for key in ("task", "prepared")} for row in plot.read("samples")]
+    monkeypatch.setattr(plot, "read", lambda name: rows)
+    assert "Task prepared 1, 2, 3, 4, 5." in plot.table("samples")
 
 
 def test_a_claim_without_a_finding_is_refused(monkeypatch):

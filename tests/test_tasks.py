@@ -10,7 +10,7 @@ import sys
 import pytest
 from datasets import load_from_disk
 
-from benchmark.tasks import docstrings, gsm8k, math_tiny, no_robots, tldr_tiny
+from benchmark.tasks import common, docstrings, gsm8k, math_tiny, no_robots, tldr_tiny
 
 FACTS = dict(actor="boss", action="broke", object="phone", place="office", day="monday", feeling="angry", plan="leave")
 
@@ -112,6 +112,13 @@ def test_no_robots_from_a_folder_with_its_columns(tmp_path):
     row = load_from_disk(str(tmp_path / "out" / "data"))["test"][0]
     assert row["query"].startswith("### System:\nBe kind.\n\n### User:\nHello\n\n### Assistant:\nHi!\n\n### User:\nBye")
     assert row["query"].endswith("### Assistant:\n") and row["reference"] == "See you."
+
+
+def test_another_seed_is_prepared_beside_the_first(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for seed, folder in [(1, "tasks/tldr-tiny"), (2, "tasks/tldr-tiny-2")]:
+        assert str(common.Preparation("tldr-tiny", tldr_tiny.Args(seed=seed)).folder) == folder
+        assert (tmp_path / folder).is_dir()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="about the instruction sets of x86 processors")

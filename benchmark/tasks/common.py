@@ -88,10 +88,11 @@ class Preparation:
 
 
 def repeatable(threads):
-    """Make the bytes of a preparation those of every x86 processor with AVX2. To be called before any arithmetic.
+    """Make the bytes of a preparation those of every processor of its maker. To be called before any arithmetic.
 
     They depend on the number of threads and on the widest instructions (with AVX-512 sums have another order); a model
-    as small as these gains nothing from wider ones. Seen on AMD with AVX-512 and without.
+    as small as these gains nothing from wider ones. AMD with AVX-512 and without: the same. Intel: others (MKL
+    has other kernels for it).
     """
     torch.set_num_threads(threads)
     os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

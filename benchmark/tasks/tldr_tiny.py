@@ -15,7 +15,6 @@ import random
 import statistics
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
