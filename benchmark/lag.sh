@@ -11,13 +11,13 @@ done
 for script in async_online_dpo.py async_rloo.py async_ppo.py; do
     run lag $script "${short[@]}" --max-staleness 0,16 --learning-rate $rates
 done
-run lag async_rloo.py "${short[@]}" --max-staleness 16 --rloo-loss truncated --learning-rate $rates
-run lag async_ppo.py "${short[@]}" --max-staleness 16 --ppo-loss decoupled --learning-rate $rates
 run lag async_rloo.py "${short[@]}" --max-staleness 0 --rloo-loss asymre
 run lag async_online_dpo.py "${short[@]}" --max-staleness 0 --dpo-loss ipo,best_of_k
-for late in 4,16 1,2,8; do  # a figure can be drawn after the first
+for late in 16 4 1,2,8; do  # a figure can be drawn after the first
     run lag async_rloo.py "${short[@]}" --max-staleness $late --rloo-loss vanilla,truncated,topr,copg,asymre
     run lag async_ppo.py "${short[@]}" --max-staleness $late --ppo-loss recompute,truncated,decoupled,cispo
     run lag async_online_dpo.py "${short[@]}" --max-staleness $late --dpo-loss ipo,best_of_k
 done
+run lag async_rloo.py "${short[@]}" --max-staleness 16 --rloo-loss truncated --learning-rate $rates
+run lag async_ppo.py "${short[@]}" --max-staleness 16 --ppo-loss decoupled --learning-rate $rates
 draw lag
