@@ -2,7 +2,7 @@
 # Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements, for
 # every algorithm and three sizes of the policy.
 # tiny: 99 runs, five seeds. Times are of seeds 1 to 3, one run at a time; 4 and 5 are run side by side, for their win-rates
-# only. `colocate`, which learns what `split` learns to the bit, is run for its times of size m. SEEDS=1,2 runs these seeds one
+# only. `colocate`, which learns what `split` learns, is run for its times of size m. SEEDS=1,2 runs these seeds one
 # at a time.
 # docstrings: real text and a pretrained policy, Online DPO, three seeds. paper: five.
 set -euo pipefail
