@@ -244,10 +244,12 @@ def test_a_grid_runs_resumes_and_draws(task, tmp_path, monkeypatch, capsys):
     page = tmp_path / "benchmark/README.md"
     page.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in ("digest", "claims", "lag")))
     (tmp_path / "benchmark/claims.csv").write_text(
-        "experiment,claim,paper,expected,measure,plus,minus\nlag,nothing,,,win_rate,S=1,S=1\n"
+        "experiment,claim,paper,expected,measure,plus,minus\n"
+        "lag,nothing,,,win_rate,S=1,S=1\nlag,to come,,,win_rate,S=2,S=1\n"
     )
     plot.main("lag")
     assert "win_rate" in page.read_text() and "+0.0 [+0.0, +0.0] points | 3" in page.read_text()
+    assert "to come" in page.read_text().partition("Not run yet")[2]
     assert os.path.exists("benchmark/figures/lag.png")
 
     run.main("lag", script, *options, "--seed=1,2,3")
