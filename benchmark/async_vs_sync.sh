@@ -25,8 +25,8 @@ all() { # all SEEDS
         [[ $model != *sft-l ]] || own+=(--total-episodes 2048 --eval-every 8) # three times as long a step
         for algo in "${algos[@]}"; do
             SEEDS=$1 run async_vs_sync async_$algo.py "${own[@]}"
-            SEEDS=$1 run async_vs_sync sync_baseline.py --algo $algo "${own[@]}"
-            [[ $JOBS = 2 || $model = *sft-[sl] ]] || SEEDS=$1 colocate async_vs_sync --algo $algo "${own[@]}"
+            SEEDS=$1 run async_vs_sync async_$algo.py --max-staleness 0 "${own[@]}"
+            [[ $JOBS = 2 || $model = *sft-[sl] ]] || SEEDS=$1 colocate async_vs_sync async_$algo.py "${own[@]}"
         done
     done
 }

@@ -13,6 +13,5 @@ flags+=(--model models/no_robots-sft --reward models/no_robots-reward
     --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2 --gradient-checkpointing
     --response-length 1024 --learning-rate 8e-7 --beta 0.03 --missing-eos-score -10 --timeout 3600)
 SEEDS=${SEEDS:-1}
-run chatbot async_online_dpo.py
-run chatbot sync_baseline.py --algo online_dpo
+run chatbot async_online_dpo.py --max-staleness 1,0
 draw chatbot

@@ -8,9 +8,9 @@ case $scale in
 tiny) every=1,4,16,64 late=4,16,64 ;;
 paper) every=1,2,4,8,16 late=2,4,8,16 ;;
 esac
-run losses sync_baseline.py --algo online_dpo "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches $every
-run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss behaviour --num-mini-batches $every
-run losses sync_baseline.py --algo ppo "${short[@]}" --ppo-loss cispo --num-mini-batches $late
-run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss proximal,asymre --num-mini-batches $every
-run losses sync_baseline.py --algo rloo "${short[@]}" --rloo-loss vanilla,truncated,topr,copg --num-mini-batches $late
+run losses async_online_dpo.py --max-staleness 0 "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches $every
+run losses async_ppo.py --max-staleness 0 "${short[@]}" --ppo-loss behaviour --num-mini-batches $every
+run losses async_ppo.py --max-staleness 0 "${short[@]}" --ppo-loss cispo --num-mini-batches $late
+run losses async_rloo.py --max-staleness 0 "${short[@]}" --rloo-loss proximal,asymre --num-mini-batches $every
+run losses async_rloo.py --max-staleness 0 "${short[@]}" --rloo-loss vanilla,truncated,topr,copg --num-mini-batches $late
 draw losses

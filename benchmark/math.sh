@@ -18,8 +18,8 @@ esac
 for seed in $(tr , ' ' <<< "${SEEDS:-1,2,3}"); do # in turn: times drift
     for algo in online_dpo rloo ppo; do
         SEEDS=$seed run math async_$algo.py
-        SEEDS=$seed run math sync_baseline.py --algo $algo
-        SEEDS=$seed colocate math --algo $algo
+        SEEDS=$seed run math async_$algo.py --max-staleness 0
+        SEEDS=$seed colocate math async_$algo.py
     done
 done
 draw math

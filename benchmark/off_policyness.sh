@@ -5,6 +5,6 @@ set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 for n in 1 2 4 8 16 32 64; do
     [ "$scale" = paper ] || short+=(--eval-every $((n < 16 ? 16 / n : 1))) # after 16 updates each
-    run off_policyness sync_baseline.py --algo ppo "${short[@]}" --num-mini-batches $n --lr-schedule per_batch,per_update
+    run off_policyness async_ppo.py --max-staleness 0 "${short[@]}" --num-mini-batches $n --lr-schedule per_batch,per_update
 done
 draw off_policyness

@@ -4,5 +4,5 @@
 set -euo pipefail
 scales=tiny
 . "$(dirname "$0")/scales.sh"
-run off_policyness_greedy sync_baseline.py --algo ppo "${short[@]}" --num-mini-batches 1,4,16,64 --eval-temperature 0.01
+run off_policyness_greedy async_ppo.py --max-staleness 0 "${short[@]}" --num-mini-batches 1,4,16,64 --eval-temperature 0.01
 draw off_policyness # the claims stand in one table

@@ -119,8 +119,8 @@ def read(name: str) -> list[dict]:
 
 
 def meaning(row: dict) -> dict:
-    algorithm = row["algo"] or row["script"].removeprefix("async_")
-    way = f"S={row['max_staleness']:.0f}" if row["script"].startswith("async") else row["placement"]
+    algorithm = row.get("algo") or row["script"].removeprefix("async_")  # algo: of runs up to commit f474b45
+    way = f"S={row['max_staleness']:.0f}" if row["max_staleness"] else row["placement"] or "split"
     names = {"policy": Path(row["model"]).name, "judge": Path(row["reward"]).name, "algorithm": algorithm, "way": way}
     names["beta"] = row.get("beta" if algorithm == "online_dpo" else "kl_coef")  # the strength of the KL term
     names["prepared"] = row.get("prepared", "")

@@ -3,8 +3,8 @@
     python -m benchmark.run lag async_rloo.py --max-staleness 0,1,2,4 --rloo-loss proximal,vanilla --seed 1,2,3
 
 Values with commas span the grid; the last flag changes fastest. A run is kept in runs/NAME/, in a folder named after
-what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint or begin
-anew; a run that fails ends the command with its output. After each run its lines, one an evaluation, take the place in
+what varies and a hash of the whole command. Finished ones are skipped, others go on from their last checkpoint; a run
+that fails ends the command with its output. After each run its lines, one an evaluation, take the place in
 benchmark/results/NAME.csv of those of the same command; the others stay. KEEP=1 runs only what has no lines there for
 the task as it is prepared here (column `prepared`).
 LAUNCH="torchrun ..." starts the scripts with that instead of Python; with DRY=1 the commands are only printed. JOBS=2
@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -30,8 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmark import timeline
+
 # The columns of the table, from the flags, the evaluation, and the steps before it (means).
-FLAGS = ("seed", "model", "reward", "placement", "algo", "dpo_loss", "rloo_loss", "ppo_loss", "max_staleness")
+FLAGS = ("seed", "model", "reward", "placement", "dpo_loss", "rloo_loss", "ppo_loss", "max_staleness")
 FLAGS += ("num_mini_batches", "num_epochs", "samples_per_prompt", "learning_rate", "lr_schedule", "batch_size")
 FLAGS += ("beta", "kl_coef", "value_model")
 EVALUATION = ("win_rate", "gold_score", "score", "ended", "kl", "perplexity", "response_length")
@@ -63,34 +66,44 @@ def folder_of(name: str, script: str, flags: list[str], varied: set[str]) -> Pat
 
 
 def start(script: str, flags: list[str], folder: Path, slot: int, jobs: int, lock: int) -> subprocess.Popen:
-    """One run of a script, resumed where there is something to resume; of several jobs each has its own cores."""
+    """One run of a script, which goes on where it stopped; of several jobs each has its own cores."""
     config = folder / "config.json"
     other = config.exists() and config.stat().st_mtime < age(task_of(folder))
     if finished(folder) or other:  # of the task as it was prepared before: begin anew
         shutil.rmtree(folder)
         Path(f"{folder}.log").unlink(missing_ok=True)
-    resume = config.exists()
     launcher = shlex.split(os.environ.get("LAUNCH") or sys.executable)
-    command = [*launcher, script, *flags, f"--output-dir={folder}", *["--resume"] * resume]
+    command = [*launcher, script, *flags, f"--output-dir={folder}"]
     print(shlex.join(command), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
     if jobs > 1:
         command = ["taskset", "--cpu-list", ",".join(map(str, cores[slot::jobs])), *command]
     processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or ["unknown"]
+    where = {"JOBS": jobs, "PROCESSOR": processor[0], "MACHINE": platform.platform(), "CORES": os.cpu_count()}
+    where["COMMIT"] = git_commit()
     with open(f"{folder}.log", "a") as log:
-        print(f"JOBS={jobs}\nPROCESSOR={processor[0]}", file=log, flush=True)
+        print(*(f"{key}={value}" for key, value in where.items()), sep="\n", file=log, flush=True)
         own = dict(start_new_session=True, pass_fds=[lock])  # signals come from here; the lock lasts as long as the run
         return subprocess.Popen(command, stdout=log, stderr=log, **own)
 
 
+def git_commit() -> str:
+    """The commit of this repository, marked if code differs from it; unknown outside of one."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    named = subprocess.run([*git, "describe", "--always", "--abbrev=12", "--exclude=*"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.sh"], capture_output=True).returncode
+    return (named.stdout.strip() + ("-dirty" if changed else "")) if named.returncode == 0 else "unknown"
+
+
 def finished(folder: Path) -> bool:
-    return (folder / "prepared").exists()
+    return (folder / "prepared").exists() or (folder / "policy").exists()
 
 
 def up_to_date(folder: Path) -> bool:
     """Finished, and on the task as it is prepared now."""
-    return finished(folder) and (folder / "prepared").read_text() == prepared(task_of(folder))
+    file = folder / "prepared"
+    return file.exists() and file.read_text() == prepared(task_of(folder))
 
 
 def task_of(folder: Path) -> Path:
@@ -98,7 +111,7 @@ def task_of(folder: Path) -> Path:
 
 
 def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, lock: int) -> None:
-    """Every run to its end, `jobs` at a time. Ctrl-C and SIGTERM are passed on: the runs end with a checkpoint.
+    """Every run to its end, `jobs` at a time. Ctrl-C and SIGTERM end them; the same command goes on from there.
 
     A loss or a gradient that is not finite is a result, kept as such; any other failure ends the command.
     """
@@ -119,7 +132,7 @@ def run_all(name: str, points: list[tuple[str, list[str], Path]], jobs: int, loc
                     if "FloatingPointError" not in output:
                         raise SystemExit(f"{output}\nbenchmark.run: {folder} failed with status {process.returncode}")
                     (folder / "diverged").write_text(output)
-                (folder / "prepared").write_text(prepared(task_of(folder)))  # the run is finished
+                (folder / "prepared").write_text(prepared(task_of(folder)))
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes each, and of no more use
                 write_table(name)
     except KeyboardInterrupt:
@@ -136,19 +149,21 @@ def rows(folder: Path) -> list[dict]:
     config = json.loads((folder / "config.json").read_text())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     diverged = (folder / "diverged").exists()
-    summary = {} if diverged else json.loads((folder / "summary.json").read_text())
+    summary = timeline.summary(records, config["args"]["max_staleness"])
     times = {f"{key}_seconds": summary.get(key) for key in ("generation", "learning", "step")}  # a short run has none
     args, packages = config["args"], {name.removesuffix("-cpu"): value for name, value in config["versions"].items()}
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS} | {"prepared": (folder / "prepared").read_text()}
-    times["step_seconds"], own = steady_step(records, args["max_staleness"], times["step_seconds"])
+    own = {record["step"]: record["time/step"] for record in timeline.timed_steps(records, args["max_staleness"])}
+    times["step_seconds"] = float(np.median(list(own.values()))) if own else None
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
     log = Path(f"{folder}.log").read_text()
     where["jobs"] = max(map(int, re.findall(r"^JOBS=(\d+)$", log, re.MULTILINE)))
-    where |= {"commit": config["commit"], "machine": config["machine"]["platform"], "cores": config["machine"]["cores"]}
-    where |= {"processor": re.findall(r"^PROCESSOR=(.*)$", log, re.MULTILINE)[-1]} | packages
+    for key in ("COMMIT", "MACHINE", "CORES", "PROCESSOR"):
+        where[key.lower()] = re.findall(rf"^{key}=(.*)$", log, re.MULTILINE)[-1]
+    where |= packages
     found, steps, episodes, seconds = [], [], 0, 0.0
     for record in records:
         if "step" in record:
@@ -163,19 +178,6 @@ def rows(folder: Path) -> list[dict]:
         found.append(same | {k: round(v, 5) for k, v in values.items()} | where)
         steps = []
     return found
-
-
-def steady_step(records: list[dict], lag: int, otherwise: float | None) -> tuple[float | None, dict[int, float]]:
-    """Median seconds of a step, and by step those that no evaluation shortened.
-
-    The step after one has no time, and the batches of the next `lag` steps were generated during it.
-    """
-    since, own = 0, {}
-    for record in records:
-        since = since + 1 if "step" in record else 0
-        if since > 1 + lag and record["time/step"] is not None:
-            own[record["step"]] = record["time/step"]
-    return (float(np.median(list(own.values()))) if own else otherwise), own
 
 
 @functools.cache
@@ -207,7 +209,7 @@ def saved(name: str) -> dict[str, list[dict]]:
 def write_table(name: str) -> None:
     """benchmark/results/NAME.csv, sorted by command: the lines of finished runs in place of their old ones."""
     table = saved(name)
-    for folder in filter(finished, sorted(Path("runs", name).glob("*/"))):
+    for folder in sorted(path.parent for path in Path("runs", name).glob("*/prepared")):
         if new := rows(folder):
             table[new[0]["command"].partition(" ")[2]] = new
     found = [row for command in sorted(table) for row in table[command]]

@@ -3,7 +3,7 @@
 # `scale`, `sizes` of the policy, `flags` that all runs of an experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short`
 # for those with few but large batches (tiny: 64 updates); what a run names itself comes after them and wins. SEEDS=1,2,3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scale=${1:-tiny} task=${task:-tldr_tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=() more=()
+scale=${1:-tiny} task=${task:-tldr_tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=()
 [[ " ${scales:=tiny or paper} " == *" $scale "* && $scale != *or* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
 [ -x $python ] || { echo "$0: no $python here: make install" >&2; exit 2; }
 prepare() { # prepare TASK FOLDER [FLAG ...]: unless its folder is there
@@ -43,10 +43,9 @@ paper)
         --temperature 0.7 --learning-rate 3e-6 --eval-every 64 --eval-prompts 6444 --gpu-memory-utilization 0.9)
     dpo=(--total-episodes 258048 --batch-size 1008) # 504 pairs
     ppo=(--samples-per-prompt 1)
-    suffix=-paper more=(--save-every 64) short=(--save-every 4)
+    suffix=-paper short=(--save-every 4)
     learners=${LEARNERS:-3}
     export LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node $learners"
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds to write a checkpoint after a signal
     ;;
 esac
 prepare_sizes() { # of the policy and the reward model, about 15 minutes
@@ -55,12 +54,12 @@ prepare_sizes() { # of the policy and the reward model, about 15 minutes
 run() { # run NAME SCRIPT --flag value[,value...] ...
     local own=()
     case "${*:2}" in *online_dpo*) own=("${dpo[@]}") ;; *rloo*) own=("${rloo[@]}") ;; *ppo*) own=("${ppo[@]}") ;; esac
-    $python -m benchmark.run "$1$suffix" "$2" "${flags[@]}" "${own[@]}" "${more[@]}" --seed "${SEEDS:-1,2,3}" "${@:3}"
+    $python -m benchmark.run "$1$suffix" "$2" "${flags[@]}" "${own[@]}" --seed "${SEEDS:-1,2,3}" "${@:3}"
 }
-colocate() { # run NAME with the synchronous baseline, placement colocate: at paper scale all GPUs learn
+colocate() { # run NAME SCRIPT, synchronous, placement colocate: at paper scale all GPUs learn
     local shared=()
     [ "$scale" != paper ] || shared=(--gpu-memory-utilization 0.3)
-    LAUNCH=${LAUNCH:+${LAUNCH% *} $((learners + 1))} run "$1" sync_baseline.py --placement colocate "${shared[@]}" "${@:2}"
+    LAUNCH=${LAUNCH:+${LAUNCH% *} $((learners + 1))} run "$1" "$2" --placement colocate --max-staleness 0 "${shared[@]}" "${@:3}"
 }
 draw() { # draw NAME: its figure and table
     [ -n "${DRY:-}" ] || $python -m benchmark.plot "$1$suffix"

@@ -1,16 +1,15 @@
 """Two hours of faults: python -m benchmark.soak (--batches for a shorter one). Task: tldr-tiny, or --task FOLDER.
 
-One run undisturbed and, beside it, the same with a fault every minute or two: the run killed (SIGKILL) or asked to end
-(SIGTERM) and resumed, its last checkpoint altered (which must be refused) and deleted, the engine killed or stopped for
-some seconds. Both must end with the same metrics and weights to the last bit, the memory of both processes is recorded,
-and no process and no folder in /dev/shm may be left. The result is added to benchmark/results/soak.json.
+One run undisturbed and, beside it, the same with a fault every minute or two: the run or its engine killed (SIGKILL),
+the engine stopped for some seconds, the last checkpoint altered (which must be refused) and deleted. After each end the
+same command goes on. Both must end with the same metrics and weights to the last bit, the memory of both processes is
+recorded, and no engine and no weights on their way may be left. The result is added to benchmark/results/soak.json.
 """
 
 import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
-from async_rloo import git_commit
+from benchmark.run import git_commit
 
 RESULTS = Path("benchmark/results/soak.json")
 
@@ -43,10 +42,10 @@ class Args:
     """folder with sft-m, rm-m and data"""
 
 
-def command(args: Args, folder: Path, *extra: str) -> list[str]:
+def command(args: Args, folder: Path) -> list[str]:
     files = [f"--model={args.task}/sft-m", f"--reward={args.task}/rm-m", f"--dataset={args.task}/data"]
     sizes = ["--batch-size=32", f"--total-episodes={32 * args.batches}", "--learning-rate=1e-5", "--save-every=25"]
-    options = [*files, *sizes, "--eval-every=500", "--eval-prompts=64", f"--output-dir={folder}", *extra]
+    options = [*files, *sizes, "--eval-every=500", "--eval-prompts=64", f"--output-dir={folder}"]
     return [sys.executable, "async_rloo.py", *options]
 
 
@@ -64,9 +63,9 @@ def resident(pid: int | None) -> float | None:
         return None
 
 
-def start(args: Args, folder: Path, *extra: str) -> subprocess.Popen:
+def start(args: Args, folder: Path) -> subprocess.Popen:
     with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen(command(args, folder, *extra), stdout=log, stderr=log)
+        return subprocess.Popen(command(args, folder), stdout=log, stderr=log)
 
 
 def batches(folder: Path) -> int:
@@ -88,9 +87,9 @@ def undisturbed(args: Args, folder: Path) -> list[dict]:
 
 
 def disturbed(args: Args, folder: Path) -> Counter:
-    """Run to the end with faults. Returns how many there were of each kind."""
+    """Run to the end with faults, again and again by the same command. Returns how many there were of each kind."""
     dice, counts = random.Random(args.seed), Counter()
-    process, deaths, before = start(args, folder), 0, 0
+    process = start(args, folder)
     while True:
         try:
             process.wait(timeout=20 + dice.expovariate(1 / max(1.0, args.seconds - 20)))
@@ -99,38 +98,37 @@ def disturbed(args: Args, folder: Path) -> Counter:
             raise SystemExit(f"the disturbed run ended by itself with status {process.returncode}: see {folder}.log")
         except subprocess.TimeoutExpired:
             pass
-        kind = dice.choice(["kill", "end", "alter", "kill engine", "stop engine"])
-        engine = engine_of(process.pid)
-        if engine is None or batches(folder) == before or (kind == "kill engine" and deaths == 3):
-            kind = "kill"  # while it starts, or after its last allowed death
+        kind, engine = dice.choice(["kill", "alter", "kill engine", "stop engine"]), engine_of(process.pid)
+        if engine is None:
+            kind = "kill"  # while it starts
         counts[kind] += 1
         print(f"{time.strftime('%H:%M:%S')} batch {batches(folder)}: {kind}", flush=True)
-        if kind == "kill engine":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(engine, signal.SIGKILL)
-            deaths += 1
-            continue
         if kind == "stop engine":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(engine, signal.SIGSTOP)
                 time.sleep(dice.uniform(1, 20))
                 os.kill(engine, signal.SIGCONT)
             continue
-        process.send_signal(signal.SIGTERM if kind == "end" else signal.SIGKILL)
+        if kind == "kill engine":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+        else:
+            process.kill()
         process.wait(timeout=60)
-        saved = sorted((folder / "checkpoints").glob("version-??????"))
+        if process.returncode == 0:  # it had just finished
+            return counts
+        saved = sorted((folder / "checkpoints").glob("version-*.pt"))
         if kind == "alter" and len(saved) > 1:  # there is an older one to go on from
-            with open(saved.pop() / "optimizer.safetensors", "r+b") as f:
-                f.seek(-1, os.SEEK_END)
-                last = f.read(1)
-                f.seek(-1, os.SEEK_END)
-                f.write(bytes([last[0] ^ 1]))
-            refused = subprocess.run(command(args, folder, "--resume"), capture_output=True, text=True)
-            if refused.returncode == 0 or "is not what was written to it" not in refused.stderr:
+            with open(saved[-1], "r+b") as f:
+                f.seek(saved[-1].stat().st_size // 2)
+                byte = f.read(1)
+                f.seek(-1, os.SEEK_CUR)
+                f.write(bytes([byte[0] ^ 1]))
+            refused = subprocess.run(command(args, folder), capture_output=True, text=True)
+            if refused.returncode == 0 or f"{saved[-1]} is damaged" not in refused.stderr:
                 raise SystemExit(f"an altered checkpoint was not refused:\n{refused.stderr[-2000:]}")
-            shutil.rmtree(re.search(r"(\S+)/optimizer.safetensors is not", refused.stderr)[1])
-        process, deaths = start(args, folder, *["--resume"] * (folder / "config.json").exists()), 0
-        before = batches(folder)
+            saved[-1].unlink()
+        process = start(args, folder)
 
 
 def results(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -161,20 +159,19 @@ def main(args: Args) -> None:
         memory = watched.result()
     (records, weights), (others, other_weights) = results(one), results(other)
     equal = records == others and all(torch.equal(weight, other_weights[name]) for name, weight in weights.items())
-    folders = {name: re.match(r"async-rlhf-(\d+)-", name) for name in os.listdir("/dev/shm")}
-    shared = [name for name, of in folders.items() if of and not os.path.exists(f"/proc/{of[1]}")]  # without a process
+    weights_left = [str(path) for path in Path("runs/soak").glob("*/weights-*")]
     processes = subprocess.run(["ps", "-A", "-o", "ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     left = [line for line in processes if "EngineCore" in line and line.split()[0] == "1"]  # without a parent
     settled = memory[len(memory) // 10 :: max(1, len(memory) // 40)]  # after the start
     found = {
         "command": f"python -m benchmark.soak --batches {args.batches} --seconds {args.seconds} --seed {args.seed}",
         "commit": git_commit(), "date": time.strftime("%Y-%m-%d"), "faults": counts, "equal_to_the_last_bit": equal,
-        "left_in_dev_shm": shared, "engines_left": left, "minutes_with_faults": minutes,
+        "weights_left": weights_left, "engines_left": left, "minutes_with_faults": minutes,
         "growth_of_resident_memory_mib": growth(settled), "memory_mib": settled,
     }  # fmt: skip
     RESULTS.write_text(json.dumps([*json.loads(RESULTS.read_text()), found], indent=1) + "\n")
     print(json.dumps({name: value for name, value in found.items() if name != "memory_mib"}, indent=1))
-    if not equal or shared or left:
+    if not equal or weights_left or left:
         raise SystemExit("the disturbed run is not as the undisturbed one, or something was left")
 
 

@@ -15,6 +15,7 @@ Everything compared is measured in one run, in turn, REPEATS times; a value is t
 math-tiny. Lines go to benchmark/results/speed.csv as they are measured, with command, commit, versions and machine.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -30,10 +31,13 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import async_online_dpo as dpo
 import async_rloo as rloo
+from benchmark import timeline
+from benchmark.run import git_commit
 
 REPEATS = 3
 RESULTS = Path("benchmark/results/speed.csv")
@@ -52,7 +56,7 @@ def note(part: str, what: str, values: list[float], unit: str) -> float:
     packages = {name: version(name) for name in ("torch", "transformers")} | {"vllm": engine_version()}
     line = {"date": time.strftime("%Y-%m-%d"), "part": part, "what": what, "median": round(middle, 4)}
     line |= {"least": round(min(values), 4), "most": round(max(values), 4), "n": len(values), "unit": unit}
-    line |= {"command": f"python -m benchmark.speed {part}", "commit": dpo.git_commit()} | packages
+    line |= {"command": f"python -m benchmark.speed {part}", "commit": git_commit()} | packages
     line |= {"machine": platform.platform(), "cores": os.cpu_count(), "gpus": torch.cuda.device_count()}
     new = not RESULTS.exists()
     with RESULTS.open("a") as f:
@@ -73,14 +77,14 @@ def engine_version() -> str:
 
 
 def run(script: str, **flags) -> dict:
-    """summary.json of a run of a script as a user starts it."""
+    """The times of a run of a script as a user starts it: timeline.summary."""
     with tempfile.TemporaryDirectory() as folder:
         flags = MATH | dict(total_episodes=BATCHES * 256) | flags | dict(output_dir=f"{folder}/run")
         options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        return json.loads(Path(folder, "run", "summary.json").read_text())
+        return timeline.summary(timeline.lines(f"{folder}/run", "metrics.jsonl"), flags.get("max_staleness", 1))
 
 
 def in_turn(times: int, **functions) -> dict[str, list[float]]:
@@ -100,39 +104,49 @@ class Parts:
 
     def __init__(self, module=dpo, engine=True, **flags):
         os.sched_setaffinity(0, CORES)  # the one before has pinned this process to a part of them
-        self.module, self.args = module, module.Args(**MATH | flags)
-        self.plan = module.device_plan(self.args)
-        module.start_learner(self.args, self.plan)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.args.model)
-        self.data = module.load_prompts(self.args, "train", self.tokenizer)
-        self.policy = module.load_policy(self.args).to(self.plan.device)
-        self.reference = module.load_policy(self.args).to(self.plan.device)
-        self.reward = module.make_reward(self.args.reward, self.tokenizer, self.args, self.plan.device)
+        self.module, self.args, self.seconds = module, module.Args(**MATH | flags), {}
+        args, self.folder = self.args, Path(tempfile.mkdtemp(dir="/dev/shm"))
+        self.devices = module.Devices(args)
+        self.device, self.tokenizer = self.devices.device, module.load_tokenizer(args)
+        self.data = module.load_prompts(args, "train", self.tokenizer)
+        self.policy, self.reference = (module.Policy(args).to(self.device) for _ in range(2))
+        self.reward = module.make_reward(args.reward, self.tokenizer, args, self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
-        eos_id, trace = self.tokenizer.eos_token_id, module.Trace()
-        self.generator = module.Generator(self.args, self.plan, self.policy, self.data, eos_id, trace)
+        self.probe = self.data[0]["input_ids"][: args.prompt_length]
+        self.weights = self.snapshot(0)
+        generator = (args, self.devices, self.weights, self.probe, self.tokenizer.eos_token_id, self.timed)
+        self.generator = module.Generator(*generator)
         if engine:
             self.generator.start()
 
+    @contextlib.contextmanager
+    def timed(self, *_, **__):
+        yield
+
+    def snapshot(self, version: int):
+        return self.module.snapshot(self.policy, version, self.probe, self.args, self.devices, self.folder)
+
     def rollout(self, t: int = 0):
-        self.generator.submit(self.module.batch_request(t, self.generator.weights, self.data, self.args))
-        return self.generator.receive(f"batch-{t}", self.generator.weights.version)
+        request = self.module.batch_request(t, self.weights, self.data, self.args)
+        return self.generator.receive(self.generator.submit(request), self.weights.version)
 
     def label(self, rollout):
         """Scores and batch, as in main()."""
-        args, rows = self.args, self.module.prompt_rows(self.args, len(self.data), 0)
-        columns = self.data[[row for row in rows for _ in range(args.samples_per_prompt)]]
-        scores = self.module.score_rollout(rollout, columns, self.reward, self.tokenizer, args)
+        args, eos_id, pad_id = self.args, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        scores = self.module.score_rollout(rollout, self.data[rollout.rows], self.reward, eos_id, args)
         samples = args.samples_per_prompt
         if self.module is dpo:
             rollout, scores = dpo.best_and_worst(rollout, scores, samples)
             samples = 2
-        rest = (self.reference, self.tokenizer, args, self.plan.device)
-        return self.module.make_batch(rollout, scores, samples, *rest)
+        return self.module.make_batch(rollout, scores, samples, self.reference, pad_id, args, self.device)
 
     def learn(self, batch) -> None:
         loss = dpo.online_dpo_loss if self.module is dpo else rloo.leave_one_out_loss
         self.module.learn(self.policy, loss, self.optimizer, batch, 0, self.args)
+
+    def close(self) -> None:
+        self.generator.close()
+        shutil.rmtree(self.folder)
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
@@ -141,7 +155,7 @@ def overlap() -> None:
     found = {name: [] for name in names}
     for seed in range(1, REPEATS + 1):
         beside = run("async_online_dpo.py", seed=seed)
-        alone = run("sync_baseline.py", seed=seed)
+        alone = run("async_online_dpo.py", max_staleness=0, seed=seed)
         generator, learner = control(seed)
         values = [beside["overlap"]]
         for seconds in (beside["seconds"], alone["seconds"]):  # without the exchange of weights, as in the control
@@ -195,7 +209,7 @@ def control_part(folder: str, seed: str, side: str) -> None:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    parts.generator.close()
+    parts.close()
     print(statistics.median(times))
 
 
@@ -211,7 +225,7 @@ def placements() -> None:
             first = run("async_online_dpo.py", seed=seed, **flags)
             found["ideal"].append(first["overlap_ratio_ideal"])
             for placement in ("split", "colocate"):
-                other = run("sync_baseline.py", seed=seed, placement=placement, **flags)
+                other = run("async_online_dpo.py", max_staleness=0, seed=seed, placement=placement, **flags)
                 found[placement].append(other["step"] / first["step"])
         for what, values in found.items():
             label = "(G + L) / max(G, L)" if what == "ideal" else f"{what} / asynchronous"
@@ -247,7 +261,7 @@ def generator_of(name: str, times: int, **flags) -> None:
     from vllm import LLM, SamplingParams
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    os.sched_setaffinity(0, parts.plan.generator_cores)
+    os.sched_setaffinity(0, parts.devices.generator_cores)
     options = dict(model=parts.args.model, dtype=parts.args.dtype, max_model_len=113)
     options |= dict(distributed_executor_backend=UniProcExecutor)
     plain = {}
@@ -277,7 +291,7 @@ def generator_of(name: str, times: int, **flags) -> None:
         note("generator", f"{name}: {label} / plain", [a / b for a, b in zip(plain_seconds, values)], "ratio")
     for llm in plain.values():
         llm.llm_engine.engine_core.shutdown()
-    parts.generator.close()
+    parts.close()
 
 
 def learner() -> None:
@@ -296,11 +310,11 @@ def learner() -> None:
         """Forward and backward of the same tokens: rows of one length at a time, so that there is no padding."""
         for rows in groups:
             ids = batch.input_ids[rows, : lengths[rows[0]]]
-            hidden = parts.policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = parts.policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             mask = batch.mask[rows]
             row, column = mask.nonzero(as_tuple=True)
             position = batch.query_lengths[rows][row] + column - 1
-            logits = parts.policy.get_output_embeddings()(hidden[row, position]).float()
+            logits = parts.policy.model.get_output_embeddings()(hidden[row, position]).float()
             (torch.nn.functional.cross_entropy(logits, ids[row, position + 1], reduction="sum") / n).backward()
         parts.optimizer.zero_grad()
 
@@ -315,16 +329,16 @@ def learner() -> None:
     note("learner", "tokens/s, learn", [tokens / s for s in seconds["learn"]], "tokens/s")
     note("learner", "learn / bare", [a / b for a, b in zip(seconds["bare"], seconds["learn"])], "ratio")
     note("learner", "label (reference and reward), seconds", seconds["label"], "s")
-    parts.generator.close()
+    parts.close()
 
 
 def rloo_samples(parts: Parts):
     """A rollout without an engine: the references of the data set as responses (their lengths are as real ones)."""
-    rows = [row for row in rloo.prompt_rows(parts.args, len(parts.data), 0) for _ in range(4)]
+    rows = rloo.batch_request(0, None, parts.data, parts.args).rows
     eos = parts.tokenizer.eos_token_id
     responses = [ids + [eos] for ids in parts.tokenizer(parts.data[rows]["reference"]).input_ids]
     logprobs = [[-0.1] * len(response) for response in responses]
-    return rloo.Rollout("batch-0", 0, parts.data[rows]["input_ids"], responses, logprobs, 0.0, 0.0, 0.0, 0.0)
+    return rloo.Rollout(0, rows, parts.data[rows]["input_ids"], responses, logprobs, 0.0, 0.0, 0.0, 0.0)
 
 
 def weights() -> None:
@@ -338,12 +352,11 @@ def weights() -> None:
             snapshots, loads = [], []
             for t in range(1, 2 + REPEATS * 2):
                 start = time.perf_counter()
-                new = parts.generator.snapshot(parts.policy, t)
+                parts.weights = parts.snapshot(t)
                 middle = time.perf_counter()
-                parts.generator.submit(dpo.batch_request(t, new, parts.data, parts.args))
-                loads.append(parts.generator.receive(f"batch-{t}", t).load_seconds)
+                loads.append(parts.rollout(t).load_seconds)
                 snapshots.append(middle - start)
-            parts.generator.close()
+            parts.close()
         note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: snapshot by the learner", snapshots[1:], "s")
         note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: loading by the generator", loads[1:], "s")
 
@@ -358,8 +371,8 @@ def snapshot() -> None:
         def probe(length: int) -> None:
             ids = torch.arange(5, 5 + length)[None]
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            with torch.no_grad(), dpo.autocast(parts.args, policy.device):
-                dpo.response_logprobs(policy, ids, torch.ones(1, dtype=torch.long), mask, 1.0)
+            with torch.no_grad(), dpo.autocast(parts.args, parts.device):
+                policy(ids, torch.ones(1, dtype=torch.long), mask, 1.0)
 
         def cast_weights() -> None:
             cast.update({name: p.detach().to(torch.bfloat16, copy=True) for name, p in policy.named_parameters()})
@@ -369,11 +382,11 @@ def snapshot() -> None:
             probe_of_128_tokens=lambda: probe(128),
             probe_of_32_tokens=lambda: probe(32),
             cast=cast_weights,
-            file=lambda: dpo.write_tensors(cast, f"{folder}/written.safetensors"),
+            file=lambda: save_file(cast, f"{folder}/written.safetensors"),
         )
         for name, seconds in found.items():
             note("snapshot", f"135 M, bfloat16: {name.replace('_', ' ')}", seconds, "s")
-        parts.generator.folder.cleanup()
+        parts.close()
 
 
 def startup() -> None:

@@ -5,7 +5,7 @@ set -euo pipefail
 scales=tiny
 . "$(dirname "$0")/scales.sh"
 ppo_from() { # ppo_from VALUE_MODEL N[,N...] [FLAG ...]
-    run value_model sync_baseline.py --algo ppo "${short[@]}" --value-model "tasks/tldr-tiny/$1" --num-mini-batches "$2" "${@:3}"
+    run value_model async_ppo.py --max-staleness 0 "${short[@]}" --value-model "tasks/tldr-tiny/$1" --num-mini-batches "$2" "${@:3}"
 }
 ppo_from sft-m 1 --eval-every 16 # the curve of win-rate against KL
 ppo_from sft-m 4,16,64

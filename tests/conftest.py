@@ -2,15 +2,31 @@
 
 import contextlib
 import os
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import async_online_dpo as script
 from tests import tiny
 from tests.runs import flags
+
+ON_CPUS = ("test_run", "test_failures", "test_torchrun", "test_paper")  # float32 to the bit, engines in /proc, cores
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also the slow, random and repeated tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the long tests, unless asked for; on a machine with GPUs those that need a vLLM on CPUs."""
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="long: make test-long"))
+        if torch.cuda.is_available() and item.module.__name__.rpartition(".")[2] in ON_CPUS:
+            item.add_marker(pytest.mark.skip(reason="needs vLLM's build for CPUs"))
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +35,11 @@ def task(tmp_path_factory):
 
 
 class SharedEngine:
-    """One real engine for many runs: a run may use it as its own, but not shut it down."""
+    """One real engine for many runs."""
 
     def __init__(self, llm):
-        self.llm, self.llm_engine = llm, SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+        alive = SimpleNamespace(engine_dead=False)
+        self.llm, self.llm_engine = llm, SimpleNamespace(engine_core=SimpleNamespace(resources=alive))
 
     def __getattr__(self, name):
         return getattr(self.llm, name)
@@ -32,11 +49,9 @@ class SharedEngine:
 def real_engine(args, folder):
     """(llm, send_weights) of a real vLLM in its default layout: engine in a child process, on its own cores."""
     affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    plan = script.device_plan(args)
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    weights = script.snapshot_weights(policy, 0, [5, 6, 7], args, folder)
-    os.environ.update(plan.engine_env)
-    llm, send_weights = script.start_engine(args, plan, weights)
+    devices = script.Devices(args)
+    weights = script.snapshot(script.Policy(args), 0, [5, 6, 7], args, devices, Path(folder))
+    llm, send_weights = script.start_engine(args, devices, weights)
     os.sched_setaffinity(0, affinity)
     yield SharedEngine(llm), send_weights
     llm.llm_engine.engine_core.shutdown()
@@ -54,34 +69,36 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
     """main() of a script with a shared engine. Returns the rollouts as they were received."""
     llm, send_weights = engine
     affinity = os.sched_getaffinity(0)
-    rollouts, make_batch, check = [], module.make_batch, module.check_rollout
+    rollouts, make_batch, check, close = [], module.make_batch, module.check_rollout, module.Generator.close
 
-    def start_engine(args, plan, weights):
+    def send(weights):
+        before_load(weights)
         send_weights(weights)
-
-        def send(weights):
-            before_load(weights)
-            send_weights(weights)
-
-        return llm, send
 
     def slow_batch(*args):
         before_label()
         return make_batch(*args)
 
-    def record(rollout, expected, args):
-        check(rollout, expected, args)
-        if rollout.name.startswith("batch"):
+    def record(name, rollout, expected, args):
+        check(name, rollout, expected, args)
+        if name.startswith("batch"):
             rollouts.append(rollout)
 
+    def close_and_wait(generator):
+        generator.requests.queue.clear()  # the next test needs the engine
+        close(generator)
+        generator.join(60)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "start_engine", start_engine)
+        patch.setattr(module, "start_engine", lambda *_: (llm, send))
         patch.setattr(module, "make_batch", slow_batch)
         patch.setattr(module, "check_rollout", record)
+        patch.setattr(module.Generator, "close", close_and_wait)
         try:
             module.main(args)
         finally:
             os.sched_setaffinity(0, affinity)
+            assert not [thread for thread in threading.enumerate() if thread.name == "generator"]
     return rollouts
 
 

@@ -1,16 +1,20 @@
 """The learner's mathematics against independent loops; no vLLM here."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoTokenizer
 
 import async_online_dpo as script
 import async_ppo
 import async_rloo
 from tests import tiny
+
+PAD, EOS = 0, 1
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,8 @@ def make_rollout(prompts=8, k=2, seed=0):
     queries = [q for q in queries for _ in range(k)]
     responses = [rng.integers(3, 60, rng.integers(1, 7)).tolist() + [1] * int(rng.random() < 0.8) for _ in queries]
     logprobs = [(-rng.random(len(r))).tolist() for r in responses]
-    return script.Rollout("batch-0", 0, queries, responses, logprobs, 0.0, 0.0, 0.0, 0.0)
+    rows = [row for row in range(prompts) for _ in range(k)]
+    return script.Rollout(0, rows, queries, responses, logprobs, 0.0, 0.0, 0.0, 0.0)
 
 
 def naive_logprobs(model, query, response, temperature):
@@ -47,11 +52,10 @@ def naive_logprobs(model, query, response, temperature):
 
 
 def batch_of(task, args, rollout):
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    reward = script.make_reward(args.reward, tokenizer, args, torch.device("cpu"))
-    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, tokenizer, args)
-    return policy, script.make_batch(rollout, scores, 2, policy, tokenizer, args, torch.device("cpu"))
+    tokenizer, policy, cpu = AutoTokenizer.from_pretrained(args.model), script.Policy(args), torch.device("cpu")
+    reward = script.make_reward(args.reward, tokenizer, args, cpu)
+    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, EOS, args)
+    return policy, script.make_batch(rollout, scores, 2, policy, PAD, args, cpu)
 
 
 def learner_of(task, algo, rollout, samples, **changes):
@@ -59,19 +63,18 @@ def learner_of(task, algo, rollout, samples, **changes):
     module = {"online_dpo": script, "rloo": async_rloo, "ppo": async_ppo}[algo]
     shape = dict(samples_per_prompt=samples, batch_size=len(rollout.prompts))
     args = module.Args(**vars_of(make_args(task, **shape)) | changes)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    policy = module.Policy(args)
     scores = torch.randn(len(rollout.prompts), generator=torch.Generator().manual_seed(4))
     if algo == "online_dpo":
         rollout, scores = script.best_and_worst(rollout, scores, samples)
         samples = 2
-    batch = module.make_batch(rollout, scores, samples, policy, tokenizer, args, torch.device("cpu"))
+    batch = module.make_batch(rollout, scores, samples, policy, PAD, args, torch.device("cpu"))
     with torch.no_grad():  # the learner has moved on from the reference
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
     if algo != "ppo":
         return policy, {"online_dpo": script.online_dpo_loss, "rloo": async_rloo.leave_one_out_loss}[algo], batch, args
-    model = async_ppo.ActorCritic(policy, async_ppo.load_value_model(args))
+    model = async_ppo.ActorCritic(policy, async_ppo.ValueModel(args))
     return model, async_ppo.actor_critic_loss, batch, args
 
 
@@ -117,9 +120,9 @@ def test_logprobs_against_loops(task, temperature):
     rollout = make_rollout()
     policy, batch = batch_of(task, args, rollout)
     with torch.no_grad():
-        got = script.batch_logprobs(policy, batch, torch.arange(len(rollout.prompts)), args)
+        got = script.forward_rows(policy, batch, torch.arange(len(rollout.prompts)), args)
     for i, (query, response) in enumerate(zip(rollout.prompts, rollout.responses)):
-        want = naive_logprobs(policy, query, response, temperature)
+        want = naive_logprobs(policy.model, query, response, temperature)
         assert got[i, : len(want)].tolist() == pytest.approx(want, abs=1e-5)
         assert (got[i, len(want) :] == 0).all()
 
@@ -202,12 +205,12 @@ def test_what_saves_memory_changes_nothing_but_rounding(task, algo, saver, monke
         model, loss_fn, batch, args = learner_of(task, algo, make_rollout(), 2, num_epochs=2, **changes)
         layers_run = []
         if on and saver == "logits in parts":
-            monkeypatch.setattr(module, "MAX_LOGITS", 3 * 65)  # three tokens at a time
+            monkeypatch.setattr(module.Policy, "MAX_LOGITS", 3 * 65)  # three tokens at a time
         if on and saver == "activations again":
             args.gradient_checkpointing = True
             script.shard(model.policy if algo == "ppo" else model, args, torch.device("cpu"))
         policy = model.policy if algo == "ppo" else model
-        policy.base_model.layers[0].self_attn.register_forward_hook(lambda *_, runs=layers_run: runs.append(1))
+        policy.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_, runs=layers_run: runs.append(1))
         if algo == "ppo":
             async_ppo.ppo_targets(model, batch, args)
         before = len(layers_run)
@@ -231,7 +234,7 @@ def test_rloo_loss_is_the_mean_over_responses(task):
     rewards = [batch.scores[i] - args.kl_coef * kl[i] for i in range(8)]
     for i in range(8):
         others = [rewards[j] for j in range(8) if j != i and j // 4 == i // 4]
-        logprobs = script.batch_logprobs(policy, batch, torch.tensor([i]), args).sum()
+        logprobs = script.forward_rows(policy, batch, torch.tensor([i]), args).sum()
         (-(rewards[i] - sum(others) / 3) * logprobs / 8).backward()
     assert torch.allclose(got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5)
 
@@ -241,10 +244,10 @@ def test_values_are_those_of_the_state_before_each_token(task):
     rollout = make_rollout()
     model, _, batch, args = learner_of(task, "ppo", rollout, 2, value_model=f"{task}/rm")
     with torch.no_grad():
-        got = async_ppo.response_values(model.value_model, batch, torch.arange(len(rollout.prompts)), args)
+        got = async_ppo.forward_rows(model.value_model, batch, torch.arange(len(rollout.prompts)), args)
         for i, (query, response) in enumerate(zip(rollout.prompts, rollout.responses)):
             for t in range(len(response)):
-                want = model.value_model(torch.tensor([query + response[:t]])).logits[0, 0].item()
+                want = model.value_model.model(torch.tensor([query + response[:t]])).logits[0, 0].item()
                 assert got[i, t].item() == pytest.approx(want, abs=1e-5)
             assert (got[i, len(response) :] == 0).all()
 
@@ -264,7 +267,7 @@ def test_ppo_targets_against_loops(task, loss):
         delta = [reward[t] + 0.9 * value[t + 1] - value[t] for t in range(n)]
         advantage = [sum((0.9 * 0.95) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
         assert batch.returns[i, :n].tolist() == pytest.approx([a + v for a, v in zip(advantage, value)], abs=1e-4)
-        old = mu if loss == "behaviour" else naive_logprobs(model.policy, query, response, 0.7)
+        old = mu if loss == "behaviour" else naive_logprobs(model.policy.model, query, response, 0.7)
         assert batch.old_logprobs[i, :n].tolist() == pytest.approx(old, abs=1e-4)
         raw += [(i, t, advantage[t]) for t in range(n)]
     mean, spread = np.mean([a for _, _, a in raw]), np.std([a for _, _, a in raw], ddof=1)
@@ -281,8 +284,8 @@ def test_ppo_loss_is_the_mean_over_the_tokens_of_the_mini_batch(task):
     terms = []
     for i in range(8):
         row = torch.tensor([i])
-        logprobs = script.batch_logprobs(model.policy, batch, row, args)[0]
-        values = async_ppo.response_values(model.value_model, batch, row, args)[0]
+        logprobs = script.forward_rows(model.policy, batch, row, args)[0]
+        values = async_ppo.forward_rows(model.value_model, batch, row, args)[0]
         for t in range(int(batch.mask[i].sum())):
             ratio = math.exp(logprobs[t].item() - batch.behaviour_logprobs[i, t])
             a, near = batch.advantages[i, t].item(), min(max(ratio, 0.8), 1.2)
@@ -295,7 +298,7 @@ def test_ppo_loss_is_the_mean_over_the_tokens_of_the_mini_batch(task):
 def test_metrics_of_the_lag_against_loops(task):
     policy, loss_fn, batch, args = learner_of(task, "rloo", make_rollout(), 2)
     with torch.no_grad():
-        logprobs = script.all_logprobs(policy, batch, args).tolist()
+        logprobs = script.all_rows(policy, batch, args).tolist()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     got = script.learn(policy, loss_fn, optimizer, batch, 0, args)
     ratios, weights, kl = [], [], []
@@ -317,48 +320,57 @@ def test_metrics_of_the_lag_against_loops(task):
 def test_learners_share_a_rollout_without_rest(monkeypatch, task, world, hosts):
     """What torchrun's ranks get: disjoint whole prompts with their own K responses, made on their own host."""
     args, data = make_args(task, batch_size=16, samples_per_prompt=2), list(range(100, 108))
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokens = [{"input_ids": [i % 60 + 5]} for i in data]
-    weights = script.Weights(0, None, "", [])
-    request = script.Request("batch-0", weights, [[i] for i in data for _ in range(2)], 2, 1.0, list(range(16)))
+    weights = script.Weights(0, None, None, [])
+    rows = [row for row in range(8) for _ in range(2)]
     seen, local = [], world // hosts
-    box = []  # what the generator of a host sends to its learners
-    monkeypatch.setattr(script.dist, "broadcast_object_list", lambda b, src, group: b.__setitem__(0, box[0]))
+    made = []  # what the generator of a host sends to its learners
+    monkeypatch.setattr(script.dist, "broadcast_object_list", lambda box, src, group: box.__setitem__(0, made[0]))
+    monkeypatch.setattr(script.dist, "init_process_group", lambda **_: None)
+    monkeypatch.setattr(script.dist, "new_subgroups", lambda *_, **__: (None, None))
+    affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
     for rank in range(world):
         names = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank % local, LOCAL_WORLD_SIZE=local)
         for name, value in names.items():
             monkeypatch.setenv(name, str(value))
-        plan = script.device_plan(args)
-        assert plan.generates == (rank % local == 0) and len(plan.served) == local
-        generator = script.Generator(args, plan, policy, tokens, 1, script.Trace())
+        try:
+            devices = script.Devices(args)
+        finally:
+            os.sched_setaffinity(0, affinity)
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(False)
+        assert devices.generates == (rank % local == 0) and len(devices.ranks) == local
+        generator = script.Generator(args, devices, weights, [3, 4], EOS, None)
+        request = script.Request("batch-0", weights, rows, [[data[row]] for row in rows], 2, list(range(16)), 1.0)
         generator.submit(request)
-        if plan.generates:
+        if devices.generates:
             asked = generator.requests.get_nowait()
             assert len(asked.prompts) == 16 // hosts
             responses = [[prompt[0], seed] for prompt, seed in zip(asked.prompts, asked.seeds)]
             zeros = [[0.0]] * len(responses)
-            box[:] = [script.Rollout("batch-0", 0, asked.prompts, responses, zeros, 0.0, 0.0, 0.0, 0.0)]
-            generator.rollouts.put(box[0])
-        mine = generator.receive("batch-0", version=0)
-        assert mine.prompts == [[i] for i in plan.share(data) for _ in range(2)]
+            made[:] = [script.Rollout(0, asked.rows, asked.prompts, responses, zeros, 0.0, 0.0, 0.0, 0.0)]
+            asked.rollout.set_result(made[0])
+        mine = generator.receive(request, version=0)
+        assert mine.rows == [row for row in range(rank, 8, world) for _ in range(2)]
+        assert mine.prompts == [[data[row]] for row in mine.rows]
         assert [response[0] for response in mine.responses] == [prompt[0] for prompt in mine.prompts]
         seen += [response[1] for response in mine.responses]
-        generator.close()
     assert sorted(seen) == list(range(16))
 
 
 def test_every_prompt_once_an_epoch(task):
-    args = make_args(task)
-    used = [row for t in range(25) for row in script.prompt_rows(args, 100, t)]
-    assert sorted(used) == list(range(100))
-    assert script.prompt_rows(args, 100, 25) != script.prompt_rows(args, 100, 0)
+    args, data = make_args(task), Dataset.from_dict({"input_ids": [[i] for i in range(100)]})
+    requests = [script.batch_request(t, None, data, args) for t in range(26)]
+    assert all(request.rows[::2] == request.rows[1::2] for request in requests)
+    assert all([row] == prompt for request in requests for row, prompt in zip(request.rows, request.prompts))
+    assert sorted(row for request in requests[:25] for row in request.rows[::2]) == list(range(100))
+    assert requests[25].rows != requests[0].rows
 
 
 def test_evaluation_against_loops(task):
     """KL and perplexity of the evaluation: sums over tokens one at a time; win-rate by hand."""
     args = make_args(task, gold="tests.tiny:reward")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for _ in range(2))
+    policy, reference = script.Policy(args), script.Policy(args)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
@@ -368,8 +380,8 @@ def test_evaluation_against_loops(task):
     got = script.evaluate(rollout, columns, policy, reference, reward, reward, tokenizer, args, cpu)
     kl = nll = tokens = 0.0
     for query, response in zip(rollout.prompts, rollout.responses):
-        ref = sum(naive_logprobs(reference, query, response, 1.0))
-        kl += sum(naive_logprobs(policy, query, response, 1.0)) - ref
+        ref = sum(naive_logprobs(reference.model, query, response, 1.0))
+        kl += sum(naive_logprobs(policy.model, query, response, 1.0)) - ref
         nll, tokens = nll - ref, tokens + len(query) + len(response)
     texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     wins = [a > b for a, b in zip(tiny.reward([], texts), tiny.reward([], columns["reference"]))]

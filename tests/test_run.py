@@ -1,11 +1,13 @@
 """Whole runs with a real vLLM engine: lag, order, determinism, and what a run leaves. Failures: test_failures.py."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import async_online_dpo as script
 import sync_baseline
+from benchmark import timeline
 from tests.runs import ALGORITHMS, HERE, flags, metrics, same, start
 
 
@@ -27,33 +30,32 @@ def test_lag_is_exactly_min_t_S(run, staleness, slow):
     assert [t - r.version for t, r in enumerate(rollouts)] == [min(t, staleness) for t in range(6)]
     assert [r["lag"] for r in metrics(folder)[0]] == [min(t, staleness) for t in range(6)]
     assert max(r.probe_error for r in rollouts) < 1e-4
-    with open(os.path.join(folder, "summary.json")) as f:
-        median = json.load(f)["seconds"]
     if staleness == 1:  # who waits is who is faster
+        records = timeline.lines(folder, "metrics.jsonl")[2:]
+        waits = {name: np.median([r[f"time/{name}"] for r in records]) for name in ("generator_wait", "wait")}
         own, other = {"generator": ("generator_wait", "wait"), "learner": ("wait", "generator_wait")}[slow]
-        assert median[other] > 0.1 > median[own]
+        assert waits[other] > 0.1 > waits[own]
 
 
 def test_each_prompt_once_and_each_response_with_its_own(run, task):
     args = script.Args(**flags(task))
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = script.load_prompts(args, "train", tokenizer)
+    data = script.load_prompts(args, "train", AutoTokenizer.from_pretrained(args.model))
     _, rollouts = run(max_staleness=2)
     used = []
-    for t, rollout in enumerate(rollouts):
-        rows = script.prompt_rows(args, len(data), t)
-        assert rollout.prompts == [data[row]["input_ids"] for row in rows for _ in range(2)]
-        used += rows
+    for rollout in rollouts:
+        assert rollout.prompts == [data[row]["input_ids"] for row in rollout.rows]
+        assert rollout.rows[::2] == rollout.rows[1::2]
+        used += rollout.rows[::2]
     assert len(set(used)) == len(used) == 96
     # A response belongs to its prompt if its log-probabilities do: version 0's are known to the learner.
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    policy = script.Policy(args)
     worst, shuffled = [], []
     others = rollouts[0].prompts[2:] + rollouts[0].prompts[:2]
     for prompts, errors in ((rollouts[0].prompts, worst), (others, shuffled)):
         for prompt, response, logprobs in zip(prompts, rollouts[0].responses, rollouts[0].logprobs):
             ids, mask = torch.tensor([prompt + response]), torch.ones(1, len(response), dtype=torch.bool)
             with torch.no_grad():
-                mine = script.response_logprobs(policy, ids, torch.tensor([len(prompt)]), mask, args.temperature)[0]
+                mine = policy(ids, torch.tensor([len(prompt)]), mask, args.temperature)[0]
             errors.append((mine - torch.tensor(logprobs)).abs().max().item())
     assert max(worst) < 1e-4 < np.median(shuffled)
 
@@ -72,16 +74,16 @@ def test_a_pushed_weight_changes_what_is_generated(task, engine, tmp_path):
 
     llm, send_weights = engine
     args = script.Args(**flags(task))
-    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    policy, devices = script.Policy(args), SimpleNamespace(device=torch.device("cpu"), generates=True, transfer="file")
     prompt, params = [3, 10, 11, 12, 4], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     generated = []
     for version in (1, 2):
-        send_weights(script.snapshot_weights(policy, version, [5, 6], args, str(tmp_path)))
+        send_weights(script.snapshot(policy, version, [5, 6], args, devices, tmp_path))
         output = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0]
         want = list(prompt)
         with torch.no_grad():
             for _ in range(8):
-                want.append(policy(torch.tensor([want])).logits[0, -1].argmax().item())
+                want.append(policy.model(torch.tensor([want])).logits[0, -1].argmax().item())
             assert list(output.token_ids) == want[5:]
             generated.append(want[5:])
             for parameter in policy.parameters():
@@ -101,56 +103,57 @@ def test_asynchronous_runs_repeat_to_the_last_bit(run, algo):
     assert not same(metrics(first), metrics(third))
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_no_staleness_is_the_synchronous_script(run, algo):
+def test_no_staleness_is_the_synchronous_script(run):
     """Two loops written apart, one answer, to the last bit: 12 batches of two mini-batches, and the evaluations."""
     changes = dict(total_episodes=384, batch_size=16, num_mini_batches=2, eval_every=5, eval_prompts=16)
-    if algo == "ppo":
-        changes["samples_per_prompt"] = 1
-    asynchronous, _ = run("async", ALGORITHMS[algo], max_staleness=0, **changes)
-    synchronous, _ = run("sync", sync_baseline, algo=algo, **changes)
+    asynchronous, _ = run("async", max_staleness=0, **changes)
+    synchronous, _ = run("sync", sync_baseline, **changes)
     records, weights = metrics(asynchronous)
     assert len([r for r in records if "step" in r]) == 12 and len([r for r in records if "eval/score" in r]) == 4
     assert same((records, weights), metrics(synchronous))
     assert records[-2]["logratio_max"] > 1e-3  # the second mini-batch is off-policy
 
 
-def test_no_staleness_is_the_plain_loop(run, task, engine):
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
     """S = 0 against generate, label, learn in turn, without threads and queues: the same weights to the last bit."""
-    folder, _ = run(max_staleness=0)
-    args, cpu = script.Args(**flags(task)), torch.device("cpu")
+    module, cpu = ALGORITHMS[algo], torch.device("cpu")
+    changes = dict(num_mini_batches=2, batch_size=16)
+    folder, _ = run("run", module, max_staleness=0, **changes)
+    args, affinity, threads = module.Args(**flags(task, **changes)), os.sched_getaffinity(0), torch.get_num_threads()
+    devices = module.Devices(args)
+    os.sched_setaffinity(0, affinity)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = script.load_prompts(args, "train", tokenizer)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for _ in range(2))
-    reward = script.make_reward(args.reward, tokenizer, args, cpu)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-    torch.set_num_threads(len(script.device_plan(args).learner_cores))
-    generator = script.Generator(args, script.device_plan(args), policy, data, tokenizer.eos_token_id, script.Trace())
+    data, probe = module.load_prompts(args, "train", tokenizer), [5, 6, 7]
+    policy, reference = module.Policy(args), module.Policy(args)
+    model = module.ActorCritic(policy, module.ValueModel(args)) if algo == "ppo" else policy
+    loss = {"online_dpo": "online_dpo_loss", "rloo": "leave_one_out_loss", "ppo": "actor_critic_loss"}[algo]
+    reward = module.make_reward(args.reward, tokenizer, args, cpu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
+    generator = module.Generator(args, devices, None, probe, 1, lambda *_, **__: contextlib.nullcontext())
     generator.llm, generator.send_weights = engine
-    generator.send_weights(generator.weights)
     for t in range(args.num_batches):
-        rows = [row for row in script.prompt_rows(args, len(data), t) for _ in range(2)]
-        prompts = data[rows]["input_ids"]
-        weights = generator.snapshot(policy, t) if t else generator.weights
-        seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(rows)).tolist()
-        request = script.Request(str(t), weights, prompts, 2, args.temperature, seeds)
-        rollout = generator.generate(request, 0.0)
-        scores = script.score_rollout(rollout, data[rows], reward, tokenizer, args)
-        pairs, pair_scores = script.best_and_worst(rollout, scores, 2)
-        batch = script.make_batch(pairs, pair_scores, 2, reference, tokenizer, args, cpu)
-        script.learn(policy, script.online_dpo_loss, optimizer, batch, t, args)
-    generator.folder.cleanup()
+        weights = module.snapshot(policy, t, probe, args, devices, tmp_path / "plain")
+        rollout = generator.generate(module.batch_request(t, weights, data, args), 0.0)
+        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 1, args), 2
+        if algo == "online_dpo":
+            rollout, scores = module.best_and_worst(rollout, scores, 2)
+        batch = module.make_batch(rollout, scores, samples, reference, 0, args, cpu)
+        if algo == "ppo":
+            module.ppo_targets(model, batch, args)
+        module.learn(model, getattr(module, loss), optimizer, batch, t, args)
+    torch.set_num_threads(threads)
     trained = metrics(folder)[1]
-    assert all(torch.equal(trained[name], p) for name, p in policy.named_parameters())
+    assert all(torch.equal(trained[name], p) for name, p in policy.model.named_parameters())
 
 
 def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
     """If the engine gets the weights of another version than the label says, the probe tells."""
-    make = script.snapshot_weights
+    make = script.snapshot
 
     def stale(policy, version, *rest):
         weights = make(policy, version, *rest)
-        file = os.path.join(weights.path, "model.safetensors")
+        file = weights.folder / "model.safetensors"
         if version == 1:
             shutil.copy(file, kept)
         elif version == 2:
@@ -158,8 +161,8 @@ def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
         return weights
 
     kept = str(tmp_path / "version-1.safetensors")
-    monkeypatch.setattr(script, "snapshot_weights", stale)
-    with pytest.raises(RuntimeError, match="the generator has other weights"):
+    monkeypatch.setattr(script, "snapshot", stale)
+    with pytest.raises(RuntimeError, match="batch-3 should be of version 2: its label says 2, and a log-probability"):
         run()
 
 
@@ -188,12 +191,32 @@ def test_every_loss_learns(run, algo, changes):
         assert 0 < r["effective_sample_size"] <= 1 + 1e-9 and 0 <= r["clip_fraction"] <= 1 and r["behaviour_kl"] > -1e-6
 
 
-def test_colocated_baseline_gives_the_same_results(run):
+def test_colocated_and_split_give_the_same(run):
     """All cores for both, in turn: the same prompts, and the same responses of the first weights."""
-    _, split = run("split", sync_baseline, algo="rloo", total_episodes=96)
-    _, colocated = run("colocate", sync_baseline, algo="rloo", placement="colocate", total_episodes=96)
+    changes = dict(module=ALGORITHMS["rloo"], max_staleness=0, total_episodes=96)
+    _, split = run("split", **changes)
+    _, colocated = run("colocate", placement="colocate", **changes)
     assert [r.prompts for r in split] == [r.prompts for r in colocated]
     assert split[0].responses == colocated[0].responses and len(split) == 3
+
+
+def test_the_tables_ratios_need_steps_and_come_from_sums():
+    """With S = 1 a step after an evaluation has no time, and the next did not have to wait for its batch."""
+    parts = dict(generate=2.0, load=0.0, generator_wait=0.0, snapshot=0.0, label=1.0, learn=2.0, wait=0.0)
+    times = [None, 9.0, 9.0, 4.0, 2.0, "evaluation", None, 1.0, 3.0, 4.0, 2.0, 3.0]
+    records, step = [{"version": 0}], 0
+    for seconds in times:
+        if seconds == "evaluation":
+            records.append({"version": step})
+            continue
+        records.append({"step": step, "time/step": seconds} | {f"time/{name}": value for name, value in parts.items()})
+        step += 1
+    timed = [record["time/step"] for record in timeline.timed_steps(records, 1)]
+    assert timed == [9.0, 4.0, 2.0, 3.0, 4.0, 2.0, 3.0]
+    found = timeline.summary(records, 1)
+    assert found["step"] == pytest.approx(27 / 7) and found["generation"] == 2 and found["learning"] == 3
+    assert found["overlap"] == pytest.approx(3 / (27 / 7)) and found["overlap_ratio"] == pytest.approx(5 / (27 / 7))
+    assert timeline.summary(records[:6], 1) == {} and "too few for a table" in timeline.table({}, 1)
 
 
 # ------------------------------------------------------------------------------------------------ as a user starts it
@@ -210,14 +233,19 @@ def finished(task, tmp_path_factory):
 
 def test_smoke_run_as_a_user_starts_it(finished):
     folder, output = finished
-    for text in ("benchmark.timeline", "generation G", "ideal max(G, L)", "(G + L) / step", "win_rate", folder):
+    assert output.startswith("Loading torch, transformers and datasets\nLoading the policy")
+    for text in ("Starting vLLM", "benchmark.timeline", "Evaluation of version 0: ", "win_rate", folder):
         assert text in output
     assert not [chatter for chatter in CHATTER if chatter in output]
     with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
-    assert config["args"]["num_batches"] == 6 and len(config["versions"]) == 4 and config["commit"]
+    assert config["args"]["num_batches"] == 6 and len(config["versions"]) == 4
     records, _ = metrics(folder)
     assert [r["version"] for r in records if "eval/win_rate" in r] == [0, 3, 6]
+    drawn = [sys.executable, "-m", "benchmark.timeline", folder]
+    picture = subprocess.run(drawn, cwd=HERE, capture_output=True, text=True, check=True).stdout
+    assert "too few for a table" in picture and "generator |" in picture
+    assert os.path.exists(os.path.join(folder, "timeline.png"))
     with open(os.path.join(folder, "trace.json")) as f:
         events = json.load(f)["traceEvents"]
     generate = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "generate"]
@@ -229,7 +257,7 @@ def test_smoke_run_as_a_user_starts_it(finished):
     "name, changes",
     [
         ("async_ppo.py", dict(reward="tests.tiny:reward", samples_per_prompt=1)),  # a value model from the policy
-        ("sync_baseline.py", dict(algo="ppo", placement="colocate")),
+        ("sync_baseline.py", dict(placement="colocate")),
     ],
 )
 def test_smoke_run_of_the_other_scripts(task, tmp_path, name, changes):

@@ -24,10 +24,6 @@ def broken_reward(prompts: list[str], responses: list[str], **columns) -> list[f
     return [1 / 0]
 
 
-def leaving_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
-    raise SystemExit(3)
-
-
 def nan_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
     return [float("nan")] * len(responses)
 
@@ -45,10 +41,11 @@ calls = 0
 
 
 def fragile_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
-    """reward, but the third call of the learner that $BREAK_RANK names fails."""
+    """reward, but where $BREAK_RANK names this learner its third call fails, before torchrun has restarted it."""
     global calls
     calls += 1
-    if calls == 3 and os.environ["RANK"] == os.environ.get("BREAK_RANK"):
+    mine = os.environ.get("BREAK_RANK") == os.environ.get("RANK", "none")
+    if mine and calls == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise ValueError(f"broken on rank {os.environ['RANK']}")
     return reward(prompts, responses)
 
