@@ -47,14 +47,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the imports that read these variables; the user's own come first
     print("Loading torch, transformers and datasets", flush=True)
-os.environ.update(  # what the libraries read; the user's own settings come first
-    dict(VLLM_LOGGING_LEVEL="ERROR", TORCH_CPP_LOG_LEVEL="ERROR", TORCH_LOGS="-torch._library.triton")
-    | dict(TRANSFORMERS_VERBOSITY="error", HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    | dict(PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")  # GiB
-    | os.environ
-)
+    quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
+    quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
+    quiet |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
 
 import numpy as np
 import torch
@@ -696,6 +694,7 @@ class Devices:
             torch.set_num_threads(len(mine))
             torch.use_deterministic_algorithms(True)
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
+            env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         os.environ.update(env)
         torch.manual_seed(args.seed)
         if self.world > 1:
@@ -910,12 +909,12 @@ class Run:
         if folder.is_file() or (folder / "policy").exists():
             stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
         what = {"script": Path(__file__).name, "learners": self.devices.world, "device": self.devices.device.type}
-        what = asdict(self.args) | what
+        what |= asdict(self.args)
         if path.exists():
             old = json.loads(path.read_text())["args"]
             for name, value in what.items():
                 if name not in CHANGE_NO_RESULT and old.get(name) != value:
-                    stop(f"--output-dir {folder} is of a run with {name} {old.get(name)}, not {value}")
+                    stop(f"--output-dir {folder} is of a run with {name} {old.get(name)!r}, not {value!r}")
         elif folder.is_dir() and any(folder.iterdir()):
             stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)

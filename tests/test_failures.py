@@ -95,8 +95,8 @@ def test_wrong_output_folders_are_refused_by_name(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script.Run, "save_policy", lambda *_: None)  # it has not finished yet
         folder, _ = run("run", save_every=2)
-    assert f"{folder} is of a run with --learning-rate 0.001, not 0.002" in refusal(run, learning_rate=2e-3)
-    assert f"{folder} is of a run with --script async_online_dpo.py" in refusal(run, module=async_rloo)
+    assert f"{folder} is of a run with learning_rate 0.001, not 0.002" in refusal(run, learning_rate=2e-3)
+    assert f"{folder} is of a run with script 'async_online_dpo.py'" in refusal(run, module=async_rloo)
     last = f"{folder}/checkpoints/version-000006.pt"
     size = os.path.getsize(last)
     with open(last, "r+b") as f:
@@ -298,7 +298,7 @@ def test_torchrun_recovers_from_killed_learners_killed_engines_and_a_hang(task, 
         assert time.monotonic() < deadline, "the learner has not ended"
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
-    assert output.count("goes on from version") >= 8  # the last line of three errors, the first of four starts
+    assert output.count("goes on from version") == 7  # the last line of three errors, the first of four starts
     assert re.search("RuntimeError: no batch-[0-9]+: vLLM died", output), output
     assert re.search(r"TimeoutError: the learner waited 25 s \(--timeout\) for batch-[0-9]+", output), output
     assert same(undisturbed, metrics(folder))
