@@ -2,9 +2,9 @@ DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2
 python = .venv/bin/python
 study = async_vs_sync off_policyness off_policyness_greedy value_model losses scale epochs epochs_time samples lag lag_preparations math overoptimisation
 
-.PHONY: help install demo docstrings math study figures test clean
+.PHONY: help install demo docstrings math study figures test test-long clean
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 install: .venv/installed  ## create .venv and install everything (DEVICE=cpu|cuda overrides the choice)
 .venv/installed: requirements.txt requirements-cpu.txt requirements-dev.txt benchmark/install.sh
@@ -30,9 +30,14 @@ study: install  ## the paper's study in miniature, all of benchmark/README.md: a
 figures: install  ## draw all figures and tables of benchmark/figures from benchmark/results
 	@$(python) -m benchmark.plot
 
-test: install  ## all tests
+test: install  ## the tests: about 12 minutes
 	@$(python) -m ruff check .
 	@$(python) -m pytest -q
+
+test-long: install  ## these and the slow, random, repeated ones, and a short soak
+	@$(python) -m pytest -q --long
+	@[ -e tasks/tldr-tiny/info.json ] || $(python) -m benchmark.tasks.tldr_tiny
+	@$(python) -m benchmark.soak --batches 700 --seconds 60
 
 clean:  ## delete the environment and the prepared tasks (not the runs)
 	rm -rf .venv tasks

@@ -680,7 +680,8 @@ def check_inputs(args: Args, devices: "Devices", train: Dataset, evaluation: Dat
         if name != "value_model" and is_judge != (name != "model"):
             stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
                  f"language model, a judge a sequence classifier with one label or a function (module:function)")
-        words, known = ({k: v for k, v in t.get_vocab().items() if k != t.pad_token} for t in (own, tokenizer))
+        pads = (own.pad_token, tokenizer.pad_token)
+        words, known = ({k: v for k, v in t.get_vocab().items() if k not in pads} for t in (own, tokenizer))
         if words != known or tokenizer.pad_token_id >= config.vocab_size:
             stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read")
 

@@ -24,12 +24,11 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
 
 from benchmark import timeline
 
@@ -155,7 +154,7 @@ def rows(folder: Path) -> list[dict]:
     same = {"script": Path(config["command"].split()[1]).stem, "task": Path(args["dataset"]).parent.name}
     same |= {name: args.get(name, "") for name in FLAGS} | {"prepared": (folder / "prepared").read_text()}
     own = {record["step"]: record["time/step"] for record in timeline.timed_steps(records, args["max_staleness"])}
-    times["step_seconds"] = float(np.median(list(own.values()))) if own else None
+    times["step_seconds"] = statistics.median(own.values()) if own else None
     where = {key: value and round(value, 4) for key, value in times.items()}
     where["command"] = config["command"].split(" --output-dir")[0]
     where["diverged"] = "yes" if diverged else ""
@@ -173,8 +172,8 @@ def rows(folder: Path) -> list[dict]:
         values = {"version": record["version"], "episodes": episodes, "seconds": seconds}
         values |= {name: record[f"eval/{name}"] for name in EVALUATION if f"eval/{name}" in record}
         if steps:
-            values |= {name: float(np.mean([s[name] for s in steps])) for name in STEPS if name in steps[0]}
-            values["train_score"] = float(np.mean([s["score"] for s in steps]))
+            values |= {name: statistics.fmean(s[name] for s in steps) for name in STEPS if name in steps[0]}
+            values["train_score"] = statistics.fmean(s["score"] for s in steps)
         found.append(same | {k: round(v, 5) for k, v in values.items()} | where)
         steps = []
     return found

@@ -13,7 +13,7 @@ import async_online_dpo as script
 from tests import tiny
 from tests.runs import flags
 
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 ON_CPUS = ("test_run", "test_failures", "test_torchrun", "test_paper")  # float32 to the bit, engines in /proc, cores
 
 

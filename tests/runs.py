@@ -1,7 +1,9 @@
 """Runs of the scripts on tests/tiny.py's task, and what they leave: shared by the tests."""
 
+import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -61,3 +63,12 @@ def engine_of(pid):
     listing = ["ps", "-o", "pid=,args=", "--sort=start_time", "--ppid", str(pid)]
     lines = subprocess.run(listing, capture_output=True, text=True).stdout.splitlines()
     return [int(line.split()[0]) for line in lines if "EngineCore" in line][-1]
+
+
+@functools.cache
+def dry(name, scale):
+    """The commands of an experiment of benchmark/, as lists of words."""
+    bash = ["bash", f"benchmark/{name}", scale]
+    done = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]

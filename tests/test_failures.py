@@ -21,7 +21,8 @@ import async_online_dpo as script
 import async_ppo
 import async_rloo
 import sync_baseline
-from tests.runs import ALGORITHMS, HERE, command, engine_of, metrics, same, start, until_batch
+from tests.conftest import run_main
+from tests.runs import ALGORITHMS, HERE, command, engine_of, flags, metrics, same, start, until_batch
 
 
 # --------------------------------------------------------------- the same command goes on, to the last bit: in process
@@ -274,15 +275,14 @@ LONG = dict(total_episodes=32 * 40, save_every=5)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(task, tmp_path_factory):
+def undisturbed(task, engine, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("whole") / "run")
-    status, output = start(task, name="async_rloo.py", output_dir=folder, **LONG)
-    assert status == 0, output
+    run_main(engine, async_rloo, async_rloo.Args(**flags(task, output_dir=folder, **LONG)))
     return metrics(folder)
 
 
 def test_torchrun_recovers_from_killed_learners_killed_engines_and_a_hang(task, tmp_path, undisturbed):
-    """Unattended, to the bit of a run without torchrun that nothing disturbed."""
+    """Unattended, both killed twice: to the bit of a run in one process that nothing disturbed."""
     folder = str(tmp_path / "run")
     python, *rest = command(task, name="async_rloo.py", output_dir=folder, timeout=25, **LONG)
     process = popen([python, *TORCHRUN, "--nproc_per_node=1", "--max-restarts=9", *rest])
@@ -311,22 +311,7 @@ def learner_of(pid):
     return int(subprocess.run(listing, capture_output=True, text=True).stdout.split()[-1])
 
 
-def test_a_killed_run_goes_on_by_the_same_command(task, tmp_path, undisturbed):
-    """As a user does it, without torchrun; the first line says from where."""
-    folder = str(tmp_path / "run")
-    arguments = command(task, name="async_rloo.py", output_dir=folder, **LONG)
-    process = popen(arguments)
-    until_batch(12, folder, process)
-    assert str(engine_of(process.pid)) in marked(process)
-    process.kill()
-    process.wait(timeout=60)
-    assert left_behind(process) == []
-    done = subprocess.run(arguments, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert re.search(f"{folder} goes on from version (5|10) of 40", done.stdout)
-    assert same(undisturbed, metrics(folder))
-
-
+@pytest.mark.long
 def test_an_engine_ends_if_the_run_is_killed_while_it_starts(task):
     """It notices at the end of its imports; vLLM alone would wait five minutes for the one who is gone."""
     process, commands = popen(command(task)), []
@@ -384,24 +369,33 @@ def listening(pid):
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
-def test_ctrl_c_ends_at_once_and_nothing_leaks(task, tmp_path):
-    """To the whole group of processes, as a terminal sends it. Sockets listen on loopback only; secrets stay secret."""
+def test_ctrl_c_ends_at_once_and_nothing_leaks(task, tmp_path, undisturbed):
+    """To the whole group of processes, as a terminal sends it. Sockets listen on loopback only; secrets stay secret.
+
+    Then the same command goes on, and its first line says from where.
+    """
     secret, folder = "s3cr3t-token-0123456789", str(tmp_path / "run")
-    arguments = command(task, output_dir=folder, total_episodes=64_000)
+    arguments = command(task, name="async_rloo.py", output_dir=folder, **LONG)
     process = popen(arguments, HF_TOKEN=secret, WANDB_API_KEY=secret)
-    until_batch(26, folder, process)
-    with open(f"/proc/{engine_of(process.pid)}/environ") as f:
+    until_batch(12, folder, process)
+    engine = engine_of(process.pid)
+    assert str(engine) in marked(process)
+    with open(f"/proc/{engine}/environ") as f:
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in f.read()
-    found = listening(process.pid) | listening(engine_of(process.pid))
+    found = listening(process.pid) | listening(engine)
     begin = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - begin < 20 and left_behind(process) == []
-    assert re.search(r"KeyboardInterrupt\nThis command goes on from version [0-9]+ of 2000: python .*", output), output
-    assert output.splitlines()[-1].endswith(f"--output-dir={folder}") or folder in output.splitlines()[-1]
+    told = re.search(r"KeyboardInterrupt\nThis command goes on from version ([0-9]+) of 40: python .*\n$", output)
+    assert told and folder in told[0], output
     assert found <= LOOPBACK
     files = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
     assert len(files) > 4 and secret not in output
     for file in files:
         with open(file, "rb") as f:
             assert secret.encode() not in f.read(), file
+    done = subprocess.run(arguments, cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder} goes on from version {told[1]} of 40" in done.stdout
+    assert same(undisturbed, metrics(folder))

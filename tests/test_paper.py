@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -35,8 +34,8 @@ from transformers import (
 from benchmark import judge
 from benchmark.tasks import gsm8k, no_robots, tldr
 from tests.conftest import real_engine, run_main
-from tests.runs import HERE
-from tests.test_benchmark import EXPERIMENTS, SCRIPTS
+from tests.runs import HERE, dry
+from tests.test_benchmark import EXPERIMENTS, NONE, SCRIPTS
 
 SHAPE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, initializer_range=0.1)
 ARCHITECTURES = {
@@ -183,16 +182,15 @@ def judged(server, monkeypatch):
 
 
 def commands() -> dict[str, tuple]:
-    """From every experiment the first command of each script and algorithm: {id: (script, Args)}."""
+    """From every experiment the first command of each script, lag or not, and placement: {id: (script, Args)}."""
     found = {}
     for name in EXPERIMENTS:
-        bash = ["bash", f"benchmark/{name}", "paper"]
-        lines = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True).stdout
-        for line in lines.splitlines():
-            script, *options = shlex.split(line)
+        if (name, "paper") in NONE:
+            continue
+        for script, *options in dry(name, "paper"):
             args = tyro.cli(SCRIPTS[script].Args, args=options)
-            kind = (script, getattr(args, "algo", ""), getattr(args, "placement", ""))
-            found.setdefault("-".join([name, *filter(None, kind)]), (SCRIPTS[script], args))
+            kind = "-".join([name, script, "lag" if args.max_staleness else "in-turn", args.placement])
+            found.setdefault(kind, (SCRIPTS[script], args))
     return found
 
 
@@ -221,7 +219,10 @@ def small(args):
     return replace(args, **SMALL, batch_size=batch, total_episodes=episodes, save_every=0)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+JUDGED = [pytest.param(n, marks=pytest.mark.long) if "chatbot" in n else n for n in COMMANDS]
+
+
+@pytest.mark.parametrize("name", JUDGED)
 def test_a_paper_command_makes_one_update(name, hub, engines, tmp_path, monkeypatch, request):
     monkeypatch.chdir(hub)
     module, args = COMMANDS[name]
@@ -238,7 +239,7 @@ def test_a_paper_command_makes_one_update(name, hub, engines, tmp_path, monkeypa
 
 def test_a_reference_that_brings_its_eos_is_judged_with_one(hub, engines, tmp_path, monkeypatch):
     monkeypatch.chdir(hub)
-    module, args = COMMANDS["async_vs_sync.sh-async_online_dpo.py"]
+    module, args = COMMANDS["async_vs_sync.sh-async_online_dpo.py-lag-split"]
     rows = DatasetDict.load_from_disk(args.dataset)
     cut = rows.map(lambda row: {"reference_response": row["reference_response"].removesuffix("<|endoftext|>")})
     cut.save_to_disk(str(tmp_path / "cut"))
@@ -255,6 +256,7 @@ def test_a_reference_that_brings_its_eos_is_judged_with_one(hub, engines, tmp_pa
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["tldr", "no_robots"])
 def test_sft_and_reward_model(task, hub, tmp_path):
     """The shell file as it is, but for the number of steps, the GPUs, and bfloat16."""
@@ -273,6 +275,7 @@ def test_sft_and_reward_model(task, hub, tmp_path):
     assert os.path.exists(tmp_path / f"models/{task}-sft/model.safetensors")
 
 
+@pytest.mark.long
 def test_a_server_judges(judged):
     """It always says A, so a response wins where it stood first, which a hash draws: about half of the time."""
     n = 32

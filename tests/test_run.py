@@ -21,7 +21,7 @@ from tests.runs import ALGORITHMS, HERE, flags, metrics, same, start
 
 
 @pytest.mark.parametrize("slow", ["generator", "learner"])
-@pytest.mark.parametrize("staleness", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
 def test_lag_is_exactly_min_t_S(run, staleness, slow):
     """By the label, and by the probe: the engine's log-probabilities are those of that version (main checks both)."""
     seconds = 0.6 if staleness == 1 else 0.1  # much more than a step where waiting is looked at, on a slow machine too
@@ -177,12 +177,12 @@ VARIANTS += [("ppo", dict(ppo_loss="decoupled") | OFF_POLICY)]
 @pytest.mark.parametrize("algo, changes", VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
 def test_every_loss_learns(run, algo, changes):
     """A Python function as reward (the number of w7), updates at lag 1: it rises; the metrics of the lag are sound."""
-    changes = dict(learning_rate=3e-3, total_episodes=1536, kl_coef=0.01) | changes
+    changes = dict(learning_rate=5e-3, total_episodes=1024, kl_coef=0.01) | changes
     if algo == "online_dpo":
         changes.pop("kl_coef")
     folder, _ = run("run", ALGORITHMS[algo], reward="tests.tiny:reward", **changes)
     records, _ = metrics(folder)
-    assert len(records) == 1536 // (32 * changes.get("num_mini_batches", 1))
+    assert len(records) == 1024 // (32 * changes.get("num_mini_batches", 1))
     # Above 0 only w7 counts. Where so few updates only teach to end (-1 if not), that much is asked.
     only_ends = algo == "online_dpo" or changes.get("rloo_loss") == "tba"
     assert records[0]["score"] < -0.8 and records[-1]["score"] > (-0.2 if only_ends else 1.0)
@@ -253,24 +253,24 @@ def test_smoke_run_as_a_user_starts_it(finished):
     assert any(max(a, c) < min(b, d) for a, b in generate for c, d in learn), "generation and learning never overlapped"
 
 
-@pytest.mark.parametrize(
-    "name, changes",
-    [
-        ("async_ppo.py", dict(reward="tests.tiny:reward", samples_per_prompt=1)),  # a value model from the policy
-        ("sync_baseline.py", dict(placement="colocate")),
-    ],
-)
-def test_smoke_run_of_the_other_scripts(task, tmp_path, name, changes):
+def test_smoke_run_of_the_synchronous_script(task, tmp_path):
     folder = str(tmp_path / "run")
-    status, output = start(task, name=name, output_dir=folder, eval_every=6, eval_prompts=16, **changes)
+    changes = dict(placement="colocate", eval_every=6, eval_prompts=16)
+    status, output = start(task, name="sync_baseline.py", output_dir=folder, **changes)
     assert status == 0, output
     assert not [chatter for chatter in CHATTER if chatter in output]
-    records, _ = metrics(folder)
-    assert [r["version"] for r in records if "eval/win_rate" in r] == [0, 6]
-    pages = ["docs/async_online_dpo.md", f"docs/{name.replace('.py', '.md')}", "docs/async_ppo.md"]
-    text = "".join(open(os.path.join(HERE, page)).read() for page in pages)
+    assert [r["version"] for r in metrics(folder)[0] if "eval/win_rate" in r] == [0, 6]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_metric_has_its_line_on_the_page(run, algo):
+    """PPO with a function as reward and K = 1: its value model starts from the policy."""
+    changes = dict(reward="tests.tiny:reward", samples_per_prompt=1) if algo == "ppo" else {}
+    folder, _ = run("run", ALGORITHMS[algo], eval_every=6, eval_prompts=16, **changes)
+    text = "".join(open(f"{HERE}/docs/{page}.md").read() for page in ("async_online_dpo", f"async_{algo}"))
     plain = {"step", "version", "episodes", "prompts"}
-    assert not [name for r in records for name in r if f"`{name}`" not in text and name not in plain]
+    names = {name for record in timeline.lines(folder, "metrics.jsonl") for name in record}
+    assert not [name for name in names if f"`{name}`" not in text and name not in plain]
 
 
 def test_the_trained_policy_opens_in_transformers_and_vllm(finished, engine):

@@ -1,5 +1,6 @@
 """Several learners over gloo: the same global batch, so the same losses and weights as one learner's."""
 
+import importlib
 import json
 import os
 import shutil
@@ -10,24 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests.conftest import run_main
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return tiny.make(str(tmp_path_factory.mktemp("tiny")))
-
-
-def options(task, name, folder, **changes):
-    """Script and flags of a run of 4 batches of 8 prompts x 2 samples in two mini-batches, with an evaluation."""
+def flags(task, folder, **changes):
+    """A run of 4 batches of 8 prompts x 2 samples in two mini-batches, with an evaluation, as a dict of Args fields."""
     flags = dict(model=f"{task}/policy", reward=f"{task}/rm", gold=f"{task}/rm", dataset=f"{task}/data")
     flags |= dict(dtype="float32", batch_size=16, num_mini_batches=2, micro_batch_size=4, total_episodes=128)
     flags |= dict(prompt_length=32, response_length=12, learning_rate=1e-3, eval_every=4, eval_prompts=16)
-    flags |= dict(output_dir=folder) | changes
-    return [name, *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())]
+    return flags | dict(output_dir=folder) | changes
+
+
+def options(task, name, folder, **changes):
+    """Script and flags of that run."""
+    return [name, *(f"--{key.replace('_', '-')}={value}" for key, value in flags(task, folder, **changes).items())]
 
 
 def results(folder):
@@ -61,17 +61,14 @@ def assert_same_to_tolerance(one, many):
         assert torch.allclose(weight, other_weights[name], atol=2e-5), name
 
 
-@pytest.fixture(scope="module")
-def alone(task, tmp_path_factory):
-    """alone(name, **changes) -> folder of the run of one learner; made once."""
-    made = {}
+@pytest.fixture
+def alone(task, engine, tmp_path):
+    """alone(name, **changes) -> folder of the run of one learner."""
 
     def run(name, **changes):
-        key = name, *changes.items()
-        if key not in made:
-            made[key] = str(tmp_path_factory.mktemp("alone") / "run")
-            finish(start([sys.executable, *options(task, name, made[key], **changes)]))
-        return made[key]
+        module = importlib.import_module(name.removesuffix(".py"))
+        run_main(engine, module, module.Args(**flags(task, str(tmp_path / "alone"), **changes)))
+        return str(tmp_path / "alone")
 
     return run
 
