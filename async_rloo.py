@@ -212,9 +212,8 @@ class Request:
 class Generator(threading.Thread):
     """Owns the vLLM engine: takes requests from a queue, in order, and fills in their rollouts.
 
-    The engine is a child process, so this thread mostly waits on a socket and the learner keeps the GIL. Under torchrun
-    every learner has this object, but only the first of a host runs the thread and generates for all of its host
-    (placement colocate: every learner for itself).
+    The engine is a process of its own, so this thread mostly waits and the learner keeps the GIL. Under torchrun one
+    learner of a host generates for all learners of that host (placement colocate: every learner for itself).
     """
 
     def __init__(self, args: Args, devices: "Devices", weights: Weights, probe: list[int], eos_id: int, timed):
@@ -298,17 +297,11 @@ class Generator(threading.Thread):
         samples = [output.outputs[0] for output in outputs[1:]]
         assert [list(output.prompt_token_ids) for output in outputs] == prompts
         assert {sample.finish_reason for sample in samples} <= {"stop", "length"}, "something has told vLLM to end"
-        return Rollout(
-            version=self.version,
-            rows=request.rows,
-            prompts=request.prompts,
-            responses=[list(sample.token_ids) for sample in samples],
-            logprobs=[list(sample.logprobs.logprobs) for sample in samples],
-            probe_error=float(np.abs(np.subtract(probe, weights.probe_logprobs)).max()),
-            wait_seconds=waited,
-            load_seconds=loaded - start,
-            generate_seconds=time.perf_counter() - loaded,
-        )
+        responses = [list(sample.token_ids) for sample in samples]
+        logprobs = [list(sample.logprobs.logprobs) for sample in samples]
+        probe_error = float(np.abs(np.subtract(probe, weights.probe_logprobs)).max())
+        seconds = waited, loaded - start, time.perf_counter() - loaded
+        return Rollout(self.version, request.rows, request.prompts, responses, logprobs, probe_error, *seconds)
 
     def close(self) -> None:
         """End the thread and the engine, whatever they do: all that is worth keeping is on the disk."""
@@ -450,8 +443,7 @@ def learn(model: nn.Module, loss_fn: Callable, optimizer, batch: Batch, t: int, 
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - finished_batches / args.num_batches)
         part = torch.arange(len(prompts)).chunk(args.num_mini_batches)[u % args.num_mini_batches]
-        part = part[lengths[part].argsort(stable=True)]  # prompts of like length together: less padding
-        mini_batch = prompts[part]  # (b, samples)
+        mini_batch = prompts[part[lengths[part].argsort(stable=True)]]  # prompts of like length together: less padding
         for micro_batch in mini_batch.split(max(1, args.micro_batch_size // batch.samples)):
             loss, micro_metrics = loss_fn(model, batch, micro_batch.flatten(), mini_batch.flatten(), args)
             loss.backward()  # the losses of the micro-batches add up to the mean over the mini-batch
@@ -621,25 +613,21 @@ def main(args: Args) -> None:
 # Plumbing: the same in every script, and not needed to understand the algorithm =======================================
 MAY_BE_ZERO = ("seed", "max_staleness", "eval_every", "save_every", "kl_coef", "value_coef", "gamma", "gae_lambda")
 MAY_BE_NEGATIVE = ("missing_eos_score", "baseline_shift", "num_batches", "num_prompts")
-AT_MOST_ONE = ("gpu_memory_utilization", "gamma", "gae_lambda")
 
 
 def check_numbers(args: Args) -> None:
     """Refuse numbers that no run can have; tyro shows a ValueError as it shows a wrong flag."""
     for name, value in vars(args).items():
-        if type(value) not in (int, float) or name in MAY_BE_NEGATIVE:
-            continue
-        enough = value >= 0 if name in MAY_BE_ZERO else value > 0  # NaN is neither
-        if not enough or (value > 1 and name in AT_MOST_ONE):
+        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
             bound = "0 or more" if name in MAY_BE_ZERO else "above 0"
-            most = ", at most 1" if name in AT_MOST_ONE else ""
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}{most}")
+            if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):  # NaN is neither
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}")
     unit = args.samples_per_prompt * int(os.environ.get("WORLD_SIZE", 1))
+    generated = args.batch_size * args.num_mini_batches
     if args.batch_size % unit:
         raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {unit}, learners x samples per prompt")
-    if args.total_episodes < args.batch_size * args.num_mini_batches:
-        raise ValueError(f"--total-episodes {args.total_episodes} is less than one generated batch of "
-                         f"{args.batch_size * args.num_mini_batches} completions")
+    if args.total_episodes < generated:
+        raise ValueError(f"--total-episodes {args.total_episodes} is less than the {generated} of one generated batch")
     if args.placement == "colocate" and args.max_staleness:
         raise ValueError("--placement colocate generates and learns in turn: it needs --max-staleness 0")
 
@@ -848,16 +836,15 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
     """
     os.sched_setaffinity(0, devices.generator_cores)  # of this thread, and so of the engine process that it starts
     os.environ["ENGINE_PARENT"] = str(os.getpid())
-    cuda, parallel, options = devices.device.type == "cuda", args.generator_tensor_parallel, {}
+    cuda, parallel, cache = devices.device.type == "cuda", args.generator_tensor_parallel, None
     longest = args.prompt_length + args.response_length + 1
+    most = max(args.batch_size * args.num_mini_batches, args.eval_prompts) + 1  # sequences of one request
     if cuda:
         torch.cuda.set_device(devices.device)  # CUDA's current device is each thread's own
-        most = max(args.batch_size * args.num_mini_batches, args.eval_prompts) + 1
-        options |= dict(weight_transfer_config={"backend": devices.transfer}, max_num_seqs=min(most, 1024))
-    if devices.transfer == "ipc":  # no profiling of memory: the learner takes some of the same GPU meanwhile
+    if devices.transfer == "ipc":  # vLLM cannot measure what is free: the learner takes memory of the same GPU
         size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
-        memory = torch.cuda.get_device_properties(devices.device).total_memory
-        options |= dict(kv_cache_memory_bytes=int(args.gpu_memory_utilization * memory) - size)
+        total = torch.cuda.get_device_properties(devices.device).total_memory
+        cache = int(args.gpu_memory_utilization * total) - size
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -870,8 +857,9 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
         # On one device no third process: its message queue would spin on a core.
         distributed_executor_backend=UniProcExecutor if parallel == 1 else "mp",
         use_tqdm_on_load=False, disable_log_stats=True, skip_tokenizer_init=True, enforce_eager=not cuda,
-        gpu_memory_utilization=args.gpu_memory_utilization,  # on the CPU VLLM_CPU_KVCACHE_SPACE says it
-        **options,
+        gpu_memory_utilization=args.gpu_memory_utilization, kv_cache_memory_bytes=cache,  # CPU: VLLM_CPU_KVCACHE_SPACE
+        max_num_seqs=min(most, 1024) if cuda else None,
+        weight_transfer_config={"backend": devices.transfer} if cuda else None,
     )  # fmt: skip
     if cuda:
         return llm, cuda_sender(llm, devices, 1 + parallel)
@@ -1009,9 +997,9 @@ class Run:
         self.log(record)
         if self.writes:
             self.bar = self.bar or tqdm(total=args.num_batches, initial=t, unit="batch")
-            waited = f"waited: generator {rollout.wait_seconds:.1f} s, learner {record['time/wait']:.1f} s"
-            shown = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}, {waited}"
-            self.bar.set_postfix_str(shown, refresh=False)
+            waited = f"generator {rollout.wait_seconds:.1f} s, learner {record['time/wait']:.1f} s"
+            values = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}"
+            self.bar.set_postfix_str(f"{values}, waited: {waited}", refresh=False)
             self.bar.update()
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
