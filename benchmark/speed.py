@@ -108,9 +108,9 @@ class Parts:
         args, self.folder = self.args, Path(tempfile.mkdtemp(dir="/dev/shm"))
         self.devices = module.Devices(args)
         self.device, self.tokenizer = self.devices.device, module.load_tokenizer(args)
-        self.data = module.load_prompts(args, "train", self.tokenizer)
+        self.data = module.load_prompts(args, "train", self.tokenizer, fewest=2)
         self.policy, self.reference = (module.Policy(args).to(self.device) for _ in range(2))
-        self.reward = module.make_reward(args.reward, self.tokenizer, args, self.device)
+        self.reward = module.make_reward("reward", self.tokenizer, args, self.device)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
         self.probe = self.data[0]["input_ids"][: args.prompt_length]
         self.weights = self.snapshot(0)
@@ -338,7 +338,7 @@ def rloo_samples(parts: Parts):
     eos = parts.tokenizer.eos_token_id
     responses = [ids + [eos] for ids in parts.tokenizer(parts.data[rows]["reference"]).input_ids]
     logprobs = [[-0.1] * len(response) for response in responses]
-    return rloo.Rollout(0, rows, parts.data[rows]["input_ids"], responses, logprobs, 0.0, 0.0, 0.0, 0.0)
+    return rloo.Rollout(0, rows, parts.data[rows]["input_ids"], responses, logprobs, 0.0, {})
 
 
 def weights() -> None:
@@ -354,7 +354,7 @@ def weights() -> None:
                 start = time.perf_counter()
                 parts.weights = parts.snapshot(t)
                 middle = time.perf_counter()
-                loads.append(parts.rollout(t).load_seconds)
+                loads.append(parts.rollout(t).seconds["load"])
                 snapshots.append(middle - start)
             parts.close()
         note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: snapshot by the learner", snapshots[1:], "s")

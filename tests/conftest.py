@@ -70,7 +70,8 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
     """main() of a script with a shared engine. Returns the rollouts as they were received."""
     llm, send_weights = engine
     affinity = os.sched_getaffinity(0)
-    rollouts, make_batch, check, close = [], module.make_batch, module.check_rollout, module.Generator.close
+    rollouts, make_batch = [], module.make_batch
+    receive, close = module.Generator.receive, module.Generator.close
 
     def send(weights):
         before_load(weights)
@@ -80,10 +81,11 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
         before_label()
         return make_batch(*args)
 
-    def record(name, rollout, expected, args):
-        check(name, rollout, expected, args)
-        if name.startswith("batch"):
+    def record(generator, request, version):
+        rollout = receive(generator, request, version)
+        if request.name.startswith("batch"):
             rollouts.append(rollout)
+        return rollout
 
     def close_and_wait(generator):
         generator.requests.queue.clear()  # the next test needs the engine
@@ -93,7 +95,7 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "start_engine", lambda *_: (llm, send))
         patch.setattr(module, "make_batch", slow_batch)
-        patch.setattr(module, "check_rollout", record)
+        patch.setattr(module.Generator, "receive", record)
         patch.setattr(module.Generator, "close", close_and_wait)
         try:
             module.main(args)

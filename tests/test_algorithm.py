@@ -36,7 +36,7 @@ def make_rollout(prompts=8, k=2, seed=0):
     responses = [rng.integers(3, 60, rng.integers(1, 7)).tolist() + [1] * int(rng.random() < 0.8) for _ in queries]
     logprobs = [(-rng.random(len(r))).tolist() for r in responses]
     rows = [row for row in range(prompts) for _ in range(k)]
-    return script.Rollout(0, rows, queries, responses, logprobs, 0.0, 0.0, 0.0, 0.0)
+    return script.Rollout(0, rows, queries, responses, logprobs, 0.0, {})
 
 
 def naive_logprobs(model, query, response, temperature):
@@ -53,7 +53,7 @@ def naive_logprobs(model, query, response, temperature):
 
 def batch_of(task, args, rollout):
     tokenizer, policy, cpu = AutoTokenizer.from_pretrained(args.model), script.Policy(args), torch.device("cpu")
-    reward = script.make_reward(args.reward, tokenizer, args, cpu)
+    reward = script.make_reward("reward", tokenizer, args, cpu)
     scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, EOS, args)
     return policy, script.make_batch(rollout, scores, 2, policy, PAD, args, cpu)
 
@@ -325,7 +325,10 @@ def test_learners_share_a_rollout_without_rest(monkeypatch, task, world, hosts):
     seen, local = [], world // hosts
     made = []  # what the generator of a host sends to its learners
     monkeypatch.setattr(script.dist, "broadcast_object_list", lambda box, src, group: box.__setitem__(0, made[0]))
+    monkeypatch.setattr(script.dist, "rendezvous", lambda _: iter([(None, 0, 1)]))
+    monkeypatch.setattr(script.dist, "PrefixStore", lambda *_: None)
     monkeypatch.setattr(script.dist, "init_process_group", lambda **_: None)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setattr(script.dist, "new_subgroups", lambda *_, **__: (None, None))
     affinity, threads = os.sched_getaffinity(0), torch.get_num_threads()
     for rank in range(world):
@@ -347,8 +350,8 @@ def test_learners_share_a_rollout_without_rest(monkeypatch, task, world, hosts):
             assert len(asked.prompts) == 16 // hosts
             responses = [[prompt[0], seed] for prompt, seed in zip(asked.prompts, asked.seeds)]
             zeros = [[0.0]] * len(responses)
-            made[:] = [script.Rollout(0, asked.rows, asked.prompts, responses, zeros, 0.0, 0.0, 0.0, 0.0)]
-            asked.rollout.set_result(made[0])
+            made[:] = [script.Rollout(0, asked.rows, asked.prompts, responses, zeros, 0.0, {})]
+            asked.answer.set_result(made[0])
         mine = generator.receive(request, version=0)
         assert mine.rows == [row for row in range(rank, 8, world) for _ in range(2)]
         assert mine.prompts == [[data[row]] for row in mine.rows]
@@ -376,7 +379,7 @@ def test_evaluation_against_loops(task):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
     rollout, cpu = make_rollout(k=1), torch.device("cpu")
     columns = {"query": [""] * 8, "reference": [" w7", " w3 w7 w7 w7"] * 4}
-    reward = script.make_reward("tests.tiny:reward", tokenizer, args, cpu)
+    reward = script.make_reward("reward", tokenizer, args, cpu)
     got = script.evaluate(rollout, columns, policy, reference, reward, reward, tokenizer, args, cpu)
     kl = nll = tokens = 0.0
     for query, response in zip(rollout.prompts, rollout.responses):

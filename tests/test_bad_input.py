@@ -37,7 +37,7 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(max_staleness=-1), "--max-staleness is -1: it must be 0 or more"),
     (DPO, dict(seed=-1), "--seed is -1: it must be 0 or more"),
     (DPO, dict(gpu_memory_utilization=0.0), "--gpu-memory-utilization is 0.0: it must be above 0"),
-    (DPO, dict(total_episodes=31), "--total-episodes 31 is less than one generated batch of 32 completions"),
+    (DPO, dict(total_episodes=31), "--total-episodes 31 is less than the 32 of one generated batch"),
     (DPO, dict(samples_per_prompt=3), "--batch-size 32 must be a multiple of 3, learners x samples per prompt"),
     (DPO, dict(samples_per_prompt=1), "--samples-per-prompt must be 2 or more"),
     (DPO, dict(placement="colocate"), "--placement colocate generates and learns in turn: it needs --max-staleness 0"),
@@ -54,11 +54,12 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (PPO, dict(value_model="{}/nothing"), "--value-model {}/nothing: "),
     (SYNC, dict(samples_per_prompt=1), "--samples-per-prompt must be 2 or more"),
     (DPO, dict(dataset="tasks/tldr-tny/data"), "run `python -m benchmark.tasks.tldr_tny` first"),
+    (DPO, dict(model="tasks/tldr-tny/sft-m"), "run `python -m benchmark.tasks.tldr_tny` first"),
     (DPO, dict(model="{}/polcy"), "--model {}/polcy: "),
     (DPO, dict(model="{}/empty"), "--model {}/empty: "),
     (DPO, dict(model="{}/rm"), "--model {}/rm is a ['LlamaForSequenceClassification'] with 1 labels: a policy must be"),
-    (DPO, dict(model="{}/no-eos"), "needs an EOS token and another pad token; it has eos None"),
-    (DPO, dict(model="{}/pad-is-eos"), "needs an EOS token and another pad token; it has eos '<eos>', pad '<eos>'"),
+    (DPO, dict(model="{}/no-eos"), "{}/no-eos needs an EOS token and a pad token that differs from it"),
+    (DPO, dict(model="{}/pad-is-eos"), "{}/pad-is-eos needs an EOS token and a pad token that differs"),
     (DPO, dict(reward="{}/r"), "--reward {}/r: "),
     (DPO, dict(reward="{}/policy"), "--reward {}/policy is a ['LlamaForCausalLM'] with"),
     (DPO, dict(reward="{}/two-labels"), "with 2 labels: a policy must be a language model, a judge a sequence"),
@@ -73,8 +74,8 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(reference_column="answer"), "--dataset {}/data, split train: "),
     (DPO, dict(dataset="{}/numbers"), "--dataset {}/numbers, split train: "),
     (DPO, dict(dataset="{}/input_ids"), "--dataset {}/input_ids, split train: "),
-    (DPO, dict(prompt_length=2), "has 0 prompts to train on and 0 to evaluate on, of at most --prompt-length 2 tokens"),
-    (DPO, dict(batch_size=1024, total_episodes=1024), "has 256 prompts to train on and 64 to evaluate on"),
+    (DPO, dict(prompt_length=2), "has 0 prompts of at most --prompt-length 2 tokens; 16 are needed"),
+    (DPO, dict(batch_size=1024, total_episodes=1024), "has 256 prompts of at most --prompt-length 32 tokens; 512"),
     (DPO, dict(model="{}/remote-code"), "--model {}/remote-code: "),
     (DPO, dict(output_dir="{}/data"), "--output-dir {}/data is not empty and holds no run: name a new folder"),
     (DPO, dict(output_dir="{}/policy/config.json"), "--output-dir {}/policy/config.json holds a finished run, or is"),
@@ -149,7 +150,7 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch, tmp_
 def test_weights_that_are_no_safetensors_get_one_line(task):
     args = DPO.Args(reward=f"{task}/pickled-rm")
     with pytest.raises(SystemExit, match="--reward .*/pickled-rm: .*safetensors"):
-        DPO.make_reward(args.reward, AutoTokenizer.from_pretrained(f"{task}/policy"), args, torch.device("cpu"))
+        DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import async_online_dpo as script
 import async_ppo
@@ -31,7 +32,7 @@ class Killed(BaseException):
 
 
 SLOW = {"generator": {"before_load": lambda _: time.sleep(0.1)}, "learner": {"before_label": lambda: time.sleep(0.1)}}
-CASES = [(script, dict(max_staleness=s), None) for s in (0, 1, 2, 4)]
+CASES = [(script, dict(max_staleness=s), None) for s in (0, 1, 4)]
 CASES += [(script, dict(max_staleness=2), "generator"), (script, dict(max_staleness=2), "learner")]
 CASES += [(async_ppo, dict(max_staleness=1), None), (sync_baseline, dict(placement="colocate"), None)]
 CASES += [(async_rloo, dict(num_mini_batches=2, num_epochs=2, batch_size=16), None)]
@@ -59,8 +60,9 @@ def end_at_random_moments(run, monkeypatch, case, moments, seed):
 
         return call
 
-    for name in ("save_file", "make_batch", "learn", "write_whole"):
-        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    steps = [(module, "save_file"), (module, "make_batch"), (module, "learn"), (torch, "save"), (os, "replace")]
+    for owner, name in steps:
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     whole, _ = run("whole", module, **changes)
     total = calls[0]
     for moment in np.random.default_rng(seed).choice(np.arange(1, total), moments, replace=False):
@@ -172,7 +174,7 @@ def test_a_wrong_reward_function_is_refused(run, reward, error, message):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run):
-    message = "update 0 of batch 0: the norm of the gradients is (nan|inf): look at the scores, or lower --learning-"
+    message = "batch 0, update 0: gradients are not finite: lower --learning-rate?"
     fails(run, FloatingPointError, message, async_rloo, reward="tests.tiny:huge_reward", rloo_loss="vanilla")
 
 
@@ -184,28 +186,19 @@ def test_equal_rewards_teach_nothing_and_break_nothing(run, algo):
         assert record["ties"] == 1 and np.isfinite([v for v in record.values() if v is not None]).all()
 
 
-@pytest.mark.parametrize("tokens", [[], [7] * 13])
-def test_responses_of_a_wrong_length_are_refused(run, monkeypatch, tokens):
-    def other(generator, *args):
-        rollout = generate(generator, *args)
-        rollout.responses[5], rollout.logprobs[5] = tokens, [0.0] * len(tokens)
-        return rollout
-
-    generate = script.Generator.generate
-    monkeypatch.setattr(script.Generator, "generate", other)
-    fails(run, RuntimeError, "batch-0 has responses that are empty or longer than 12 tokens")
-
-
 def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
-    def write(path, *rest):
-        with full_disk() if path.name == "version-000004.pt" else contextlib.nullcontext():
-            write_whole(path, *rest)
+    def write(state, file):
+        with full_disk() if state["version"] == 4 else contextlib.nullcontext():
+            torch_save(state, file)
 
-    write_whole = script.write_whole
+    torch_save = torch.save
     whole, _ = run("whole")
-    monkeypatch.setattr(script, "write_whole", write)
-    assert "goes on from version 2" in fails(run, Exception, "File too large|file write failed", save_every=2)
-    monkeypatch.setattr(script, "write_whole", write_whole)
+    monkeypatch.setattr(torch, "save", write)
+    with pytest.raises(RuntimeError) as caught:
+        run("run", save_every=2)
+    assert "File too large" in str(caught.value.__context__)  # the traceback shows both
+    assert "goes on from version 2" in caught.value.__notes__[-1]
+    monkeypatch.setattr(torch, "save", torch_save)
     assert same(metrics(whole), metrics(run("run", save_every=2)[0]))
 
 
@@ -281,28 +274,37 @@ def undisturbed(task, engine, tmp_path_factory):
     return metrics(folder)
 
 
-def test_torchrun_recovers_from_killed_learners_killed_engines_and_a_hang(task, tmp_path, undisturbed):
-    """Unattended, both killed twice: to the bit of a run in one process that nothing disturbed."""
-    folder = str(tmp_path / "run")
-    python, *rest = command(task, name="async_rloo.py", output_dir=folder, timeout=25, **LONG)
+def recovers(task, folder, undisturbed, faults, timeout):
+    """torchrun starts again what ends, unattended: to the bit of a run in one process that nothing disturbed."""
+    python, *rest = command(task, name="async_rloo.py", output_dir=folder, timeout=timeout, **LONG)
     process = popen([python, *TORCHRUN, "--nproc_per_node=1", "--max-restarts=9", *rest])
-    faults = [(3, "learner"), (8, "engine"), (14, "learner"), (20, "engine"), (27, "hang")]
     for t, fault in faults:
         until_batch(t, folder, process)
         learner = learner_of(process.pid)
         pid = learner if fault == "learner" else engine_of(learner)
         os.kill(pid, signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + timeout + 60
         while os.path.exists(f"/proc/{learner}") and time.monotonic() < deadline:
             time.sleep(0.1)  # its successor begins with the batches of the last checkpoint
         assert time.monotonic() < deadline, "the learner has not ended"
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert output.count("goes on from version") == 7  # the last line of three errors, the first of four starts
-    assert re.search("RuntimeError: no batch-[0-9]+: vLLM died", output), output
-    assert re.search(r"TimeoutError: the learner waited 25 s \(--timeout\) for batch-[0-9]+", output), output
+    assert output.count("goes on from version") == sum(1 + (fault != "learner") for _, fault in faults)
     assert same(undisturbed, metrics(folder))
     assert left_behind(process) == []
+    return output
+
+
+def test_torchrun_recovers_from_a_killed_learner_and_a_killed_engine(task, tmp_path, undisturbed):
+    output = recovers(task, str(tmp_path / "run"), undisturbed, [(8, "engine"), (20, "learner")], timeout=100)
+    assert re.search("RuntimeError: no batch-[0-9]+: vLLM died", output), output
+
+
+@pytest.mark.long
+def test_torchrun_recovers_from_both_killed_twice_and_a_hang(task, tmp_path, undisturbed):
+    faults = [(6, "learner"), (12, "engine"), (18, "learner"), (24, "engine"), (32, "hang")]
+    output = recovers(task, str(tmp_path / "run"), undisturbed, faults, timeout=100)
+    assert re.search("TimeoutError: the learner waited 100 s", output), output
 
 
 def learner_of(pid):
