@@ -87,14 +87,14 @@ class Args:
     seed: int = 1  # of the data order and of the sampling
     track: bool = False  # log to Weights & Biases too (set WANDB_MODE=offline for no network)
 
-    total_episodes: int = 12_800  # completions to generate and learn from in the whole run
-    batch_size: int = 128  # completions per optimizer update; a generated batch has num_mini_batches times as many
+    total_episodes: int = 12_800  # completions to generate in the whole run
+    batch_size: int = 128  # completions per update; a generated batch has num_mini_batches times as many
     micro_batch_size: int = 64  # completions per forward and backward pass (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
-    num_mini_batches: int = 1  # updates per generated batch, each on its own part (the paper's N: off-policyness)
+    num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (the paper's N: off-policyness)
     num_epochs: int = 1  # T: passes over each generated batch
     max_staleness: int = 1  # S: batch t is made by the weights of version max(0, t - S); 0 is synchronous
-    placement: Literal["split", "colocate"] = "split"  # some devices generate, others learn; each does both in turn
+    placement: Literal["split", "colocate"] = "split"  # split: devices generate or learn; colocate: both in turn
     prompt_length: int = 128  # longest prompt, in tokens; rows with longer ones are left out
     response_length: int = 32  # longest response, in tokens
     temperature: float = 0.7  # of the sampling; log-probabilities are those of logits / temperature
@@ -105,7 +105,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute and generate in; auto: bfloat16 on CUDA
     gradient_checkpointing: bool = False  # compute activations twice: less memory, more time
     generator_tensor_parallel: int = 1  # GPUs that the vLLM engine spreads the model over (placement split)
-    gpu_memory_utilization: float = 0.3  # share of its GPU for vLLM's keys and values; its weights come on top
+    gpu_memory_utilization: float = 0.3  # share of its GPU's memory for vLLM: weights, keys and values
     timeout: float = 600.0  # seconds that the learner may wait for the generator, its start included
     eval_every: int = 25  # evaluate every so many batches, and after the last; 0: never
     eval_prompts: int = 256  # number of held-out prompts of an evaluation
@@ -180,12 +180,12 @@ class Rollout:
     """What the generator gives back. Row i of every list belongs to row i of the request."""
 
     version: int  # of the weights that made it
-    rows: list[int]  # of the data set
+    rows: list[int]  # indices into the data set, one per response
     prompts: list[list[int]]  # token ids
     responses: list[list[int]]  # token ids, EOS included if it was reached
     logprobs: list[list[float]]  # of the response tokens under the policy that sampled them (the behaviour policy)
     probe_error: float  # largest |generator - learner| log-probability of the probe: were these the right weights?
-    seconds: dict[str, float]  # generator_wait: it had nothing to do; load: the weights; generate
+    seconds: dict[str, float]  # generator_wait: idle before this request; load: the weights; generate
 
 
 @dataclass
@@ -194,12 +194,12 @@ class Request:
 
     name: str  # batch-t or eval-t
     weights: Weights | None
-    rows: list[int]  # of the data set (each stands `samples` times)
+    rows: list[int]  # indices into the data set, each repeated `samples` times
     prompts: list[list[int]]  # their token ids
     samples: int
     seeds: list[int]  # one per row: a response depends on its seed, not on what else runs
     temperature: float
-    answer: Future = field(default_factory=Future)  # its rollout, once the generator has made it
+    answer: Future = field(default_factory=Future)  # set to its rollout; copies by take_rows() share it
 
 
 class Generator(threading.Thread):
@@ -234,12 +234,12 @@ class Generator(threading.Thread):
         box = [self.wait(request) if self.devices.generates else None]
         if len(ranks) > 1:
             dist.broadcast_object_list(box, src=ranks[0], group=self.devices.group)  # it fills the list
-        rollout, float32 = box[0], 0.05 if torch.cuda.is_available() else 1e-4
-        limit = float32 if self.args.dtype == "float32" else 0.5
+        rollout, cuda = box[0], torch.cuda.is_available()
+        limit = 0.5 if self.args.dtype != "float32" else 0.05 if cuda else 1e-4
         if rollout.version != version or not rollout.probe_error <= limit:  # NaN too
             raise RuntimeError(f"{request.name} should be of version {version}: its label says {rollout.version}, a "
                                f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
-        owners = [ranks[i // request.samples % len(ranks)] for i in range(len(rollout.rows))]
+        owners = [ranks[i // request.samples % len(ranks)] for i in range(len(rollout.rows))]  # as in submit()
         return take_rows(rollout, [i for i, owner in enumerate(owners) if owner == self.devices.rank])
 
     def wait(self, request: Request) -> Rollout:
@@ -334,9 +334,9 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
     follow the embedding. Learners that run no generator only help to gather the sharded weights.
     """
     ids = torch.tensor([probe], device=devices.device)
-    mask, one = torch.ones_like(ids[:, 1:], dtype=torch.bool), torch.ones_like(ids[:, 0])
+    mask, query_length = torch.ones_like(ids[:, 1:], dtype=torch.bool), torch.ones_like(ids[:, 0])
     with autocast(args, devices.device):
-        probe_logprobs = policy(ids, one, mask, temperature=1.0)[0].tolist()  # as a query of one token and its response
+        probe_logprobs = policy(ids, query_length, mask, temperature=1.0)[0].tolist()  # query: the first token
     output = policy.model.get_output_embeddings()
     output_name = next(name for name, module in policy.model.named_modules() if module is output)
     tensors = dict(policy.model.named_parameters()) | {f"{output_name}.weight": output.weight}
@@ -356,7 +356,7 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
 # 4. The learner: from a rollout to updates ----------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """What is learned from: rows of one rollout, the samples of a prompt next to each other."""
+    """Rows of one rollout, those of a prompt next to each other. In training N is 2B: best, worst, best, ..."""
 
     samples: int  # rows per prompt
     input_ids: Tensor  # (N, L) query, response, right padding
@@ -390,7 +390,7 @@ def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy
 
 
 def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
-    """What the model gives for the response tokens in these rows, (n, R): a policy log-probabilities."""
+    """The model's outputs at the response tokens of these rows, (n, R); a policy's are log-probabilities."""
     mask, lengths = batch.mask[rows], batch.query_lengths[rows]
     longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
     with autocast(args, mask.device):
@@ -401,8 +401,8 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
 def all_rows(model: nn.Module, batch: Batch, args: Args) -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     order = (batch.query_lengths + batch.mask.sum(1)).cpu().argsort(stable=True)  # rows of like length: less padding
-    micro_batches = order.split(args.micro_batch_size)
-    return torch.cat([forward_rows(model, batch, rows, args) for rows in micro_batches])[order.argsort()]
+    micro_batches, unsort = order.split(args.micro_batch_size), order.argsort()
+    return torch.cat([forward_rows(model, batch, rows, args) for rows in micro_batches])[unsort]
 
 
 def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
@@ -422,14 +422,14 @@ def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tenso
 def learn(model: nn.Module, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
     """T epochs of num_mini_batches updates on the batch. Returns metrics: means over the batch of all learners."""
     metrics = defaultdict(list)
-    prompts = torch.arange(len(batch.scores)).view(-1, batch.samples)  # (B, samples) rows of each prompt
+    rows_by_prompt = torch.arange(len(batch.scores)).view(-1, batch.samples)  # (B, samples)
     lengths = (batch.query_lengths + batch.mask.sum(1)).cpu()  # (N,)
     updates = args.num_epochs * args.num_mini_batches
     for u in range(updates):
         finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - finished_batches / args.num_batches)
-        mini_batch = prompts.chunk(args.num_mini_batches)[u % args.num_mini_batches]  # (b, samples)
+        mini_batch = rows_by_prompt.chunk(args.num_mini_batches)[u % args.num_mini_batches]  # (prompts, samples)
         mini_batch = mini_batch[lengths[mini_batch].amax(1).argsort(stable=True)]  # like lengths together: less padding
         for micro_batch in mini_batch.split(max(1, args.micro_batch_size // batch.samples)):
             loss, micro_metrics = loss_fn(model, batch, micro_batch.flatten(), mini_batch.flatten(), args)
@@ -443,7 +443,7 @@ def learn(model: nn.Module, loss_fn: Callable, optimizer, batch: Batch, t: int, 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     metrics = {name: gather(torch.cat(values)) for name, values in metrics.items()}
-    logratio = metrics.pop("sequence_logratio").double()  # (N*T,)
+    logratio = metrics.pop("sequence_logratio").double()  # one per response and epoch, of all learners
     weights = (logratio - logratio.max()).exp()  # importance of each response, up to a factor
     means = {name: values.mean().item() for name, values in metrics.items()}
     means["logratio_max"] = metrics["logratio"].max().item()
@@ -482,7 +482,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 
 def online_dpo_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """A micro-batch's share of its mini-batch's mean loss over pairs. rows: of the micro-batch; mini_rows: all."""
+    """A micro-batch's share of its mini-batch's mean loss over pairs; rows, mini_rows: their rows in the batch."""
     logprobs = forward_rows(policy, batch, rows, args)  # (2b, R)
     chosen, rejected = logprobs.sum(1).view(-1, 2).T  # (b,) each
     ref_chosen, ref_rejected = batch.ref_logprobs[rows].sum(1).view(-1, 2).T
@@ -495,7 +495,7 @@ def online_dpo_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Tenso
 def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
     """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
     eos_id = tokenizer.eos_token_id
-    args = replace(args, temperature=1.0)  # KL and perplexity are those of the policy itself
+    args = replace(args, temperature=1.0)  # log-probabilities of the untempered models
     scores = score_rollout(rollout, columns, reward, eos_id, args)
     values = {"score": scores, "ended": torch.tensor([response[-1] == eos_id for response in rollout.responses])}
     if gold is not None:
@@ -508,7 +508,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
     values["response_length"] = batch.mask.sum(1)
     values |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
     means = {name: gather(per_response).float().mean().item() for name, per_response in values.items()}
-    return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}
+    return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}  # as the paper has it
 
 
 # 7. The run -----------------------------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def main(args: Args) -> None:
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     train_data = load_prompts(args, args.train_split, tokenizer, fewest=max(2, args.num_prompts))
     eval_data = load_prompts(args, args.eval_split, tokenizer, fewest=devices.world)
-    eval_data = eval_data.select(range(min(args.eval_prompts, len(eval_data)) // devices.world * devices.world))
+    eval_data = eval_data.select(range(max(1, min(args.eval_prompts, len(eval_data)) // devices.world) * devices.world))
     probe = (train_data[0]["input_ids"] + train_data[1]["input_ids"])[: args.prompt_length]  # any fixed text
     run, device = Run(args, devices), devices.device
     generator = None
@@ -543,8 +543,8 @@ def main(args: Args) -> None:
             while len(in_flight) <= S and t + len(in_flight) < args.num_batches:
                 in_flight.append(generator.submit(batch_request(t + len(in_flight), weights, train_data, args)))
             if t > first and args.save_every and t % args.save_every == 0:
-                run.save_checkpoint(t, policy, optimizer, generator, list(in_flight)[:S])  # not version t's own
-            if evaluate_now:  # 5. Evaluate. Training waits: the policy judged is the policy that generated.
+                run.save_checkpoint(t, policy, optimizer, generator, list(in_flight)[:S])  # the last is made anew
+            if evaluate_now:  # 5. Evaluate version t, before step 4 changes the weights that generated.
                 with run.timed("learner", "evaluate", step=t):
                     rollout = generator.receive(evaluation, version=t)
                     judges = (policy, reference, reward, gold, tokenizer)
@@ -553,7 +553,7 @@ def main(args: Args) -> None:
             if t == args.num_batches:
                 break
 
-            # 2. Receive batch t, which the generator made while the learner trained.
+            # 2. Receive batch t. If S > 0, the generator made it while the learner trained.
             with run.timed("learner", "wait", step=t):
                 rollout = generator.receive(in_flight.popleft(), version=max(0, t - S))
 
@@ -691,7 +691,7 @@ def load_tokenizer(args: Args):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         is_judge = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
-        if name != "value_model" and is_judge != (name != "model"):
+        if name != "value_model" and is_judge == (name == "model"):
             stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
                  f"language model, a judge a sequence classifier with one label or a function (module:function)")
         pads = (own.pad_token, tokenizer.pad_token)
@@ -802,7 +802,7 @@ def gather(item):
 def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
     """Start vLLM in a process of its own. Returns it, and send_weights(weights), which gives it weights to use.
 
-    On GPUs it starts from --model: the same path finds again what torch.compile made in an earlier run.
+    On GPUs it starts from --model, not from a copy: the same path reuses torch.compile's cache of earlier runs.
     """
     os.sched_setaffinity(0, devices.generator_cores)  # of this thread, and so of the engine process that it starts
     os.environ["ENGINE_PARENT"] = str(os.getpid())
