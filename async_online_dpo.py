@@ -64,7 +64,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -133,8 +132,6 @@ class Args:
 class Policy(nn.Module):
     """A language model whose forward pass returns the log-probabilities of responses."""
 
-    MAX_LOGITS = 2**27  # most logits at a time: 512 MiB in float32
-
     def __init__(self, args: Args):
         super().__init__()
         options = dict(dtype=torch.float32, use_safetensors=True)
@@ -151,17 +148,9 @@ class Policy(nn.Module):
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
         row, column = mask.nonzero(as_tuple=True)
         position = query_lengths[row] + column - 1  # the token before predicts the token
-        hidden, tokens = hidden[row, position], input_ids[row, position + 1]  # (tokens, H), (tokens,)
-
-        def part_logprobs(hidden, tokens):
-            logits = self.model.get_output_embeddings()(hidden).float() / temperature  # (part, V)
-            return -F.cross_entropy(logits, tokens, reduction="none")
-
-        part = max(1, self.MAX_LOGITS // self.model.config.vocab_size)  # tokens
-        if len(tokens) > part:  # the backward pass computes the logits of each part again
-            part_logprobs = partial(checkpoint, part_logprobs, use_reentrant=False)
-        parts = [part_logprobs(*both) for both in zip(hidden.split(part), tokens.split(part))]
-        return torch.zeros(mask.shape, device=mask.device).index_put((row, column), torch.cat(parts))
+        logits = self.model.get_output_embeddings()(hidden[row, position]).float() / temperature  # (tokens, V)
+        logprobs = -F.cross_entropy(logits, input_ids[row, position + 1], reduction="none")  # (tokens,)
+        return torch.zeros(mask.shape, device=mask.device).index_put((row, column), logprobs)
 
 
 # 3. The generator: vLLM on its own thread and device ------------------------------------------------------------------
@@ -787,7 +776,7 @@ def shard(model: nn.Module, args: Args, device: torch.device) -> nn.Module:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded. Every learner must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather(item):
