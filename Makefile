@@ -30,7 +30,7 @@ study: install  ## the paper's study in miniature, all of benchmark/README.md: a
 figures: install  ## draw all figures and tables of benchmark/figures from benchmark/results
 	@$(python) -m benchmark.plot
 
-test: install  ## the tests: about 12 minutes
+test: install  ## the tests: about 12 minutes on 2 cores
 	@$(python) -m ruff check .
 	@$(python) -m pytest -q
 

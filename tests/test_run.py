@@ -162,7 +162,7 @@ def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
 
     kept = str(tmp_path / "version-1.safetensors")
     monkeypatch.setattr(script, "snapshot", stale)
-    with pytest.raises(RuntimeError, match="batch-3 should be of version 2: its label says 2, and a log-probability"):
+    with pytest.raises(RuntimeError, match="batch-3 should be of version 2: its label says 2, a log-probability"):
         run()
 
 
@@ -172,6 +172,12 @@ VARIANTS += [("rloo", dict(rloo_loss=x)) for x in ("proximal", "vanilla", "trunc
 VARIANTS += [("ppo", dict(ppo_loss=x)) for x in ("behaviour", "recompute", "truncated", "cispo")]
 VARIANTS += [("online_dpo", dict(dpo_loss="ipo") | OFF_POLICY), ("rloo", dict(rloo_loss="tba") | OFF_POLICY)]
 VARIANTS += [("ppo", dict(ppo_loss="decoupled") | OFF_POLICY)]
+
+
+LONG = {"best_of_k", "vanilla", "truncated", "copg", "topr", "asymre", "recompute", "cispo"}
+for i, (algo, changes) in enumerate(VARIANTS):
+    if LONG.intersection(map(str, changes.values())):
+        VARIANTS[i] = pytest.param(algo, changes, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("algo, changes", VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
