@@ -30,7 +30,6 @@ import pkgutil
 import queue
 import shlex
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -64,7 +63,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -139,16 +137,14 @@ class Policy(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        options = dict(dtype=torch.float32, use_safetensors=True)
         with exit_on_error("model", args.model):
-            self.model = AutoModelForCausalLM.from_pretrained(args.model, **options).eval()  # eval: no dropout
+            self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
 
     def forward(self, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
         """log pi(token | before) of every response token, under logits / temperature: (n, R), 0 at padding.
 
         input_ids (n, L): query, response, right padding; query_lengths (n,); mask (n, R): true at response tokens.
-        Attention is causal, so padding on the right needs no attention mask. The output layer, the widest of a small
-        model, runs at response tokens only.
+        Attention is causal, so right padding needs no mask. The wide output layer runs at response tokens only.
         """
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
         row, column = mask.nonzero(as_tuple=True)
@@ -209,7 +205,6 @@ class Generator(threading.Thread):
         self.start_weights = weights
         self.requests: queue.Queue[Request | None] = queue.Queue()
         self.llm = self.version = self.failure = None
-        self.other_processes = set(multiprocessing.active_children())
 
     def submit(self, request: Request) -> Request:
         """Queue a request, the same one on every learner. Prompt i is for learner i % world, and made on its host."""
@@ -300,7 +295,7 @@ class Generator(threading.Thread):
     def close(self) -> None:
         """End the thread and the engine, even in the middle of a request."""
         self.requests.put(None)
-        for process in set(multiprocessing.active_children()) - self.other_processes:
+        for process in multiprocessing.active_children():
             process.kill()
 
 
@@ -329,7 +324,7 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
     """
     ids = torch.tensor([probe], device=devices.device)
     mask, query_length = torch.ones_like(ids[:, 1:], dtype=torch.bool), torch.ones_like(ids[:, 0])
-    with autocast(args, devices.device):
+    with torch.autocast(devices.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         probe_logprobs = policy(ids, query_length, mask, temperature=1.0)[0].tolist()  # query: the first token
     output = policy.model.get_output_embeddings()
     output_name = next(name for name, module in policy.model.named_modules() if module is output)
@@ -392,7 +387,7 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
     """The model's outputs at the response tokens of these rows, (n, R); a policy's are log-probabilities."""
     mask, lengths = batch.mask[rows], batch.query_lengths[rows]
     longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
-    with autocast(args, mask.device):
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         return model(batch.input_ids[rows, :longest], lengths, mask, args.temperature)
 
 
@@ -463,7 +458,7 @@ class ValueModel(nn.Module):
             model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
         if missing := set(info["missing_keys"]) - {"score.weight"}:
             stop(f"the value model {path} has no {', '.join(sorted(missing)[:3])}: name another --value-model")
-        self.model = model.eval()  # no dropout
+        self.model = model
 
     def forward(self, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
         """Values (n, R) of the state before each response token: the prompt and the tokens before it. 0 at padding.
@@ -583,8 +578,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
         values["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
         values["win_rate"] = values["gold_score"] > gold(rollout.prompts, references, columns)
     batch = make_batch(rollout, scores, 1, reference, tokenizer.pad_token_id, args, device)
-    values["kl"] = (all_rows(policy, batch, args) - batch.ref_logprobs).sum(1)
-    values["response_length"] = batch.mask.sum(1)
+    values |= {"kl": (all_rows(policy, batch, args) - batch.ref_logprobs).sum(1), "response_length": batch.mask.sum(1)}
     values |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
     means = {name: gather(per_response).float().mean().item() for name, per_response in values.items()}
     return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}  # as the paper has it
@@ -711,7 +705,6 @@ class Devices:
         first = self.rank - local_rank if split else self.rank
         self.ranks = range(first, first + (here if split else 1))  # learners that share one generator
         self.generates = self.rank == first  # the first of them runs it
-        self.group = None  # their process group; None: that of all learners
         gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
         generators = parallel if split and gpus > 1 else 0  # GPUs of this host that do not learn
         if parallel > max(1, generators) or (gpus and here > gpus - generators):
@@ -746,20 +739,12 @@ class Devices:
                 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
                 store = dist.PrefixStore(attempt, store)  # torchrun's store still has the addresses before a restart
             dist.init_process_group(store=store, rank=self.rank, world_size=self.world, timeout=limit)
-            if 1 < len(self.ranks) < self.world:  # several hosts
-                self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)
+            self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)  # of the learners in self.ranks
 
 
 def load_tokenizer(args: Args):
     """The policy's. Refuse, before any model loads, models that do not read its tokens or have the wrong head."""
     sys.path.append(os.getcwd())  # reward functions may be modules of the working directory
-    with exit_on_error("model", args.model):
-        AutoConfig.from_pretrained(args.model, trust_remote_code=False)  # its error is the clearer one
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    if tokenizer.pad_token in (None, tokenizer.eos_token) and tokenizer.unk_token not in (None, tokenizer.eos_token):
-        tokenizer.pad_token = tokenizer.unk_token  # of Llama's, which have none of their own
-    if tokenizer.eos_token is None or tokenizer.pad_token in (None, tokenizer.eos_token):
-        stop(f"the tokenizer of {args.model} needs an EOS token and a pad token that differs from it")
     for name in ("model", "reward", "gold", "value_model"):
         flag, path = name.replace("_", "-"), getattr(args, name, "")
         if not path:
@@ -770,6 +755,12 @@ def load_tokenizer(args: Args):
                 continue
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if name == "model":
+            tokenizer = own
+            if own.pad_token in (None, own.eos_token) and own.unk_token not in (None, own.eos_token):
+                own.pad_token = own.unk_token  # of Llama's, which have none of their own
+            if own.eos_token is None or own.pad_token in (None, own.eos_token):
+                stop(f"the tokenizer of {path} needs an EOS token and a pad token that differs from it")
         is_judge = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
         if name != "value_model" and is_judge == (name == "model"):
             stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
@@ -800,19 +791,17 @@ def load_prompts(args: Args, split: str, tokenizer, fewest: int) -> Dataset:
 def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor] | None:
     """A function (queries, responses, columns) -> scores (n,): token ids, token ids with EOS, the rows' columns.
 
-    The flag, reward or gold, names a sequence-classification model or module:function, a Python function (prompts,
-    responses, **columns) of lists of text that returns a list of numbers. Empty: None. Raises ValueError for scores
-    that are not n finite numbers.
+    The flag, reward or gold, names a sequence classifier, or a Python function (prompts, responses, **columns) of
+    lists of text that returns numbers, as module:function. Empty: None. Raises ValueError for scores it cannot use.
     """
-    spec = getattr(args, flag)
-    if not spec:
+    if not (spec := getattr(args, flag)):
         return None
     if ":" in spec:
         function = pkgutil.resolve_name(spec)
     else:
         options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
         with exit_on_error(flag, spec):
-            model = AutoModelForSequenceClassification.from_pretrained(spec, **options).eval().requires_grad_(False)
+            model = AutoModelForSequenceClassification.from_pretrained(spec, **options).requires_grad_(False)
         model.config.pad_token_id = tokenizer.pad_token_id  # rows are padded here, whatever it was trained with
         model = shard(model, args, device)
 
@@ -825,7 +814,8 @@ def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Calla
         else:
             rows, size = [q + r for q, r in zip(queries, responses)], args.micro_batch_size
             inputs = (pad(rows[i : i + size], tokenizer.pad_token_id).to(device) for i in range(0, len(rows), size))
-            with autocast(args, device):  # the model finds the last token by its pad id
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                # The model finds the last token by its pad id.
                 logits = [model(input_ids=input_ids, use_cache=False).logits[:, 0].float() for input_ids in inputs]
             scores = torch.cat(logits).cpu()
         if scores.shape != (len(responses),) or not scores.isfinite().all():
@@ -847,22 +837,17 @@ def take_rows(item: Request | Rollout, rows: list[int]):
     return replace(item, **{name: [value[i] for i in rows] for name, value in lists.items()})
 
 
-def autocast(args: Args, device: torch.device):
-    """bfloat16 matrix products over float32 weights, or nothing in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
 def shard(model: nn.Module, args: Args, device: torch.device) -> nn.Module:
     """Move the model to its device; under torchrun a learner keeps 1/world of every parameter (FSDP2)."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if args.gradient_checkpointing:
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if dist.is_initialized():
         half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.dtype == "bfloat16" else {}
         for module in (*layers, model):
             fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(**half))
-    return model.to(device)
+    return model.to(device).eval()  # eval: no dropout
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -977,8 +962,7 @@ class Run:
             stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
         what = {"script": Path(__file__).name, "learners": self.devices.world, "device": self.devices.device.type}
         what |= asdict(self.args)
-        written = path.read_text() if path.exists() else ""
-        if written:
+        if path.exists() and (written := path.read_text()):  # empty: killed while writing it
             old = json.loads(written)["args"]
             for name, value in what.items():
                 if name not in MAY_CHANGE and old.get(name) != value:
@@ -1071,10 +1055,7 @@ class Run:
                 state = dict(version=t, model=weights, optimizer=states, rollouts=rollouts, logs=logs)
                 folder = self.folder / "checkpoints"
                 folder.mkdir(exist_ok=True)
-                with open(folder / "unfinished", "wb") as f:
-                    torch.save(state, f)
-                    f.flush()
-                    os.fsync(f.fileno())
+                torch.save(state, folder / "unfinished")
                 os.replace(folder / "unfinished", folder / f"version-{t:06d}.pt")
                 for old in sorted(folder.glob("version-*.pt"))[:-2]:
                     old.unlink()
@@ -1118,7 +1099,7 @@ class Run:
 
 
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # it ended before prctl took effect
         os._exit(1)
     os.environ["ENGINE_PARENT"] = str(os.getpid())  # of tensor-parallel workers

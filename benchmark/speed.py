@@ -371,7 +371,7 @@ def snapshot() -> None:
         def probe(length: int) -> None:
             ids = torch.arange(5, 5 + length)[None]
             mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            with torch.no_grad(), dpo.autocast(parts.args, parts.device):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 policy(ids, torch.ones(1, dtype=torch.long), mask, 1.0)
 
         def cast_weights() -> None:
