@@ -71,7 +71,7 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
     llm, send_weights = engine
     affinity = os.sched_getaffinity(0)
     rollouts, make_batch = [], module.make_batch
-    receive, close = module.Generator.receive, module.Generator.close
+    receive = module.Generator.receive
 
     def send(weights):
         before_load(weights)
@@ -88,8 +88,8 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
         return rollout
 
     def close_and_wait(generator):
-        generator.requests.queue.clear()  # the next test needs the engine
-        close(generator)
+        generator.requests.queue.clear()
+        generator.requests.put(None)  # close() would end the engine too, and the next test needs it
         generator.join(60)
 
     with pytest.MonkeyPatch.context() as patch:
