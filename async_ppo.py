@@ -802,7 +802,7 @@ def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Calla
         options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
         with exit_on_error(flag, spec):
             model = AutoModelForSequenceClassification.from_pretrained(spec, **options).requires_grad_(False)
-        model.config.pad_token_id = tokenizer.pad_token_id  # rows are padded here, whatever it was trained with
+        model.config.pad_token_id = tokenizer.pad_token_id  # it finds the last token of a row by that
         model = shard(model, args, device)
 
     @torch.no_grad()
@@ -815,7 +815,6 @@ def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Calla
             rows, size = [q + r for q, r in zip(queries, responses)], args.micro_batch_size
             inputs = (pad(rows[i : i + size], tokenizer.pad_token_id).to(device) for i in range(0, len(rows), size))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                # The model finds the last token by its pad id.
                 logits = [model(input_ids=input_ids, use_cache=False).logits[:, 0].float() for input_ids in inputs]
             scores = torch.cat(logits).cpu()
         if scores.shape != (len(responses),) or not scores.isfinite().all():
@@ -1055,7 +1054,8 @@ class Run:
                 state = dict(version=t, model=weights, optimizer=states, rollouts=rollouts, logs=logs)
                 folder = self.folder / "checkpoints"
                 folder.mkdir(exist_ok=True)
-                torch.save(state, folder / "unfinished")
+                with open(folder / "unfinished", "wb") as f:  # not by its path: the error of a full disk would say nothing
+                    torch.save(state, f)
                 os.replace(folder / "unfinished", folder / f"version-{t:06d}.pt")
                 for old in sorted(folder.glob("version-*.pt"))[:-2]:
                     old.unlink()
