@@ -988,7 +988,7 @@ class Run:
                 state = dict(version=t, model=weights, optimizer=states, rollouts=rollouts, logs=logs)
                 folder = self.folder / "checkpoints"
                 folder.mkdir(exist_ok=True)
-                with open(folder / "unfinished", "wb") as f:  # not by its path: the error of a full disk would say nothing
+                with open(folder / "unfinished", "wb") as f:  # opened here, a full disk has a clear error
                     torch.save(state, f)
                 os.replace(folder / "unfinished", folder / f"version-{t:06d}.pt")
                 for old in sorted(folder.glob("version-*.pt"))[:-2]:
