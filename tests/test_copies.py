@@ -22,7 +22,7 @@ def test_siblings_stay_within_their_budget(pair):
 @pytest.mark.parametrize(
     "old, new, found",
     [
-        ("right-pad rows", "pad rows", "pad"),  # a docstring of a function
+        ("the same request or rollout", "a request or rollout", "take_rows"),  # a docstring of a function
         ('name="generator", daemon=True', 'name="generator"', "Generator"),
         ("temperature: float = 0.7 ", "temperature: float = 0.8 ", "Args.temperature"),  # a default
         ("  # of the data order and", "  # of the order and", "Args.seed"),  # a help string
@@ -64,7 +64,7 @@ def test_rewriting_mends_a_copy_and_leaves_the_rest():
     model = SOURCES["async_ppo.py"]
     for source in SOURCES.values():
         assert copies.rewrite(source, model) == source
-    broken = SOURCES["async_rloo.py"].replace("def pad(rows: list[list], value)", "def pad(rows, value)")
+    broken = SOURCES["async_rloo.py"].replace("def pad(rows: list[list], value,", "def pad(rows, value,")
     broken = broken.replace("temperature: float = 0.7 ", "temperature: float = 0.8 ")
     broken = broken.replace("def full_tensor", "def whole_tensor").replace("import zipfile\n", "")
     assert broken != SOURCES["async_rloo.py"]

@@ -149,10 +149,10 @@ def test_an_exception_in_the_generator_reaches_the_learner(run):
 
 
 def test_an_exception_in_the_learner(run, monkeypatch):
-    def broken(model, loss_fn, optimizer, batch, t, args):
+    def broken(model, loss_fn, optimizer, batch, t, *rest):
         if t == 3:
             raise ValueError("broken on purpose")
-        return learn(model, loss_fn, optimizer, batch, t, args)
+        return learn(model, loss_fn, optimizer, batch, t, *rest)
 
     learn = script.learn
     monkeypatch.setattr(script, "learn", broken)

@@ -247,7 +247,7 @@ def test_a_reference_that_brings_its_eos_is_judged_with_one(hub, engines, tmp_pa
 
     def spy(*args):
         reward = make_reward(*args)
-        return lambda prompts, responses, columns: seen.append(responses) or reward(prompts, responses, columns)
+        return lambda prompts, responses, *rest: seen.append(responses) or reward(prompts, responses, *rest)
 
     make_reward = module.make_reward
     monkeypatch.setattr(module, "make_reward", spy)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import async_online_dpo as script
 import sync_baseline
 from benchmark import timeline
+from tests.conftest import real_engine
 from tests.runs import ALGORITHMS, HERE, flags, metrics, same, start
 
 
@@ -53,9 +54,9 @@ def test_each_prompt_once_and_each_response_with_its_own(run, task):
     others = rollouts[0].prompts[2:] + rollouts[0].prompts[:2]
     for prompts, errors in ((rollouts[0].prompts, worst), (others, shuffled)):
         for prompt, response, logprobs in zip(prompts, rollouts[0].responses, rollouts[0].logprobs):
-            ids, mask = torch.tensor([prompt + response]), torch.ones(1, len(response), dtype=torch.bool)
             with torch.no_grad():
-                mine = policy(ids, torch.tensor([len(prompt)]), mask, args.temperature)[0]
+                logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            mine = (logits / args.temperature).log_softmax(-1)[range(len(response)), response]
             errors.append((mine - torch.tensor(logprobs)).abs().max().item())
     assert max(worst) < 1e-4 < np.median(shuffled)
 
@@ -117,7 +118,7 @@ def test_no_staleness_is_the_synchronous_script(run):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
     """S = 0 against generate, label, learn in turn, without threads and queues: the same weights to the last bit."""
-    module, cpu = ALGORITHMS[algo], torch.device("cpu")
+    module = ALGORITHMS[algo]
     changes = dict(num_mini_batches=2, batch_size=16)
     folder, _ = run("run", module, max_staleness=0, **changes)
     args, affinity, threads = module.Args(**flags(task, **changes)), os.sched_getaffinity(0), torch.get_num_threads()
@@ -128,20 +129,20 @@ def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
     policy, reference = module.Policy(args), module.Policy(args)
     model = module.ActorCritic(policy, module.ValueModel(args)) if algo == "ppo" else policy
     loss = {"online_dpo": "online_dpo_loss", "rloo": "leave_one_out_loss", "ppo": "actor_critic_loss"}[algo]
-    reward = module.make_reward("reward", tokenizer, args, cpu)
+    reward = module.make_reward("reward", tokenizer, args, devices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
     generator = module.Generator(args, devices, None, probe, 1, lambda *_, **__: contextlib.nullcontext())
     generator.llm, generator.send_weights = engine
     for t in range(args.num_batches):
         weights = module.snapshot(policy, t, probe, args, devices, tmp_path / "plain")
         rollout = generator.generate(module.batch_request(t, weights, data, args), 0.0)
-        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 1, args), 2
+        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, 1, args), 2
         if algo == "online_dpo":
             rollout, scores = module.best_and_worst(rollout, scores, 2)
-        batch = module.make_batch(rollout, scores, samples, reference, 0, args, cpu)
+        batch = module.make_batch(rollout, scores, samples, reference, 0, args, devices)
         if algo == "ppo":
-            module.ppo_targets(model, batch, args)
-        module.learn(model, getattr(module, loss), optimizer, batch, t, args)
+            module.ppo_targets(model, batch, args, devices)
+        module.learn(model, getattr(module, loss), optimizer, batch, t, args, devices)
     torch.set_num_threads(threads)
     trained = metrics(folder)[1]
     assert all(torch.equal(trained[name], p) for name, p in policy.model.named_parameters())
@@ -293,3 +294,45 @@ def test_the_trained_policy_opens_in_transformers_and_vllm(finished, engine):
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=env, timeout=200)
     want = policy.generate(torch.tensor([[3, 6, 4]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
     assert f"GOT {want}" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.long
+def test_prompts_that_vllm_reads_once_give_the_same_responses(task, tmp_path, monkeypatch):
+    """K = 4, with vLLM's cache of prompts and without, two versions: tokens and log-probabilities to the last bit."""
+    import vllm
+
+    args, affinity = script.Args(**flags(task, samples_per_prompt=4, prompt_length=100)), os.sched_getaffinity(0)
+    rng = np.random.default_rng(0)
+    queries = [rng.integers(5, 60, length).tolist() for length in rng.integers(30, 100, 8)]
+    found, cached, real = {}, {}, vllm.LLM
+    for caching in (True, False):
+        options = {} if caching else {"enable_prefix_caching": False}
+        monkeypatch.setattr(vllm, "LLM", lambda options=options, **given: real(**given | options))
+        with real_engine(args, str(tmp_path / f"weights-{caching}")) as (llm, send_weights):
+            devices = script.Devices(args)
+            os.sched_setaffinity(0, affinity)
+            generator = script.Generator(
+                args, devices, None, [5, 6, 7], 1, lambda *_, **__: contextlib.nullcontext()
+            )
+            wait = llm.wait_for_completion
+
+            def counted(wait=wait, caching=caching, **options):
+                outputs = wait(**options)
+                cached[caching] = cached.get(caching, 0) + sum(output.num_cached_tokens or 0 for output in outputs)
+                return outputs
+
+            llm.wait_for_completion = counted
+            generator.llm, generator.send_weights = llm, send_weights
+            policy = script.Policy(args)
+            for version in (1, 2):
+                with torch.no_grad():
+                    for p in policy.parameters():
+                        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(version)) * 0.05)
+                weights = script.snapshot(policy, version, [5, 6, 7], args, devices, tmp_path / "on-their-way")
+                request = script.Request("batch-0", weights, list(range(32)), [q for q in queries for _ in range(4)], 4,
+                                         list(range(32)), 1.0)  # fmt: skip
+                rollout = generator.generate(request, 0.0)
+                found[caching, version] = (rollout.responses, rollout.logprobs, rollout.probe_error)
+                assert rollout.probe_error < 1e-4
+    assert found[True, 1] == found[False, 1] and found[True, 2] == found[False, 2] and found[True, 1] != found[True, 2]
+    assert cached[True] > 1000 and cached[False] == 0
