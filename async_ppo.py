@@ -87,7 +87,7 @@ class Args:
 
     total_episodes: int = 12_800  # completions to generate in the whole run
     batch_size: int = 128  # completions per update; a generated batch has num_mini_batches times as many
-    micro_batch_size: int = 32  # completions per forward and backward pass (changes memory, not results)
+    micro_batch_size: int = 32  # completions per forward and backward pass, at least K (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
     num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (the paper's N: off-policyness)
     num_epochs: int = 1  # T: passes over each generated batch
@@ -141,13 +141,14 @@ class Policy(nn.Module):
         with exit_on_error("model", args.model):
             self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
 
-    def forward(self, prompts, prompt_mask, responses, mask, args: Args) -> Tensor:
+    def forward(self, prompts, prompt_mask, responses, mask, temperature: float, once: bool) -> Tensor:
         """log pi(token | before) of every response token, under logits / temperature: (n, R), 0 at padding.
 
-        prompts (b, P): left padding; responses (n, R): right padding, n/b in a row for each prompt; masks: of tokens.
+        prompts (b, P): left padding; responses (n, R): right padding, n/b in a row for each prompt; masks: of tokens;
+        once: whether a prompt is computed once for its responses, see after_prompts().
         """
-        inputs = after_prompts(self.model, prompts, prompt_mask, responses[:, :-1], mask[:, :-1], args)
-        logits = self.model(**inputs, logits_to_keep=mask.shape[1]).logits.float() / args.temperature  # (n, R, V)
+        inputs = after_prompts(self.model, prompts, prompt_mask, responses[:, :-1], mask[:, :-1], once)
+        logits = self.model(**inputs, logits_to_keep=mask.shape[1]).logits.float() / temperature  # (n, R, V)
         losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")  # (n * R,)
         return torch.where(mask, -losses.view(mask.shape), 0.0)
 
@@ -163,30 +164,33 @@ class ScoreModel(nn.Module):
             missing = set(info["missing_keys"]) - {"score.weight"}
             assert not missing, f"it has no {', '.join(sorted(missing)[:3])}"
 
-    def forward(self, prompts, prompt_mask, responses, mask, args: Args) -> Tensor:
+    def forward(self, prompts, prompt_mask, responses, mask, temperature: float, once: bool) -> Tensor:
         """Scores (n, 1 + R), after the prompt and after each response token. Arguments as Policy.forward."""
-        inputs = after_prompts(self.model, prompts, prompt_mask, responses, mask, args)
+        inputs = after_prompts(self.model, prompts, prompt_mask, responses, mask, once)
         hidden = self.model.base_model(**inputs).last_hidden_state[:, -mask.shape[1] - 1 :]  # (n, 1 + R, H)
         return self.model.score(hidden)[..., 0].float()
 
 
-def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, args: Args) -> dict:
+def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, once: bool) -> dict:
     """Inputs of a causal model, whose last 1 + R outputs are at the prompt's last token and at the response tokens.
 
-    The tokens before are computed here, once for a prompt: its n/b responses read their keys and values, and gradients
-    flow back through these.
+    All prompt tokens but the last are computed here, once: the prompt's n/b responses read their keys and values, and
+    gradients flow back through these. If not once, they are repeated before each response.
     """
-    copies, before = len(responses) // len(prompts), prompts.shape[1] - 1
+    copies, prefix = len(responses) // len(prompts), prompts.shape[1] - 1
     tokens = torch.cat([prompts.repeat_interleave(copies, 0), responses], 1)  # (n, P + R)
     attention_mask = torch.cat([prompt_mask.repeat_interleave(copies, 0), mask], 1).long()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids)
-    if args.gradient_checkpointing:  # a layer that is computed twice would store its keys twice
+    if not once:
         return dict(use_cache=False, **inputs)
-    of_prompts = {name: value[::copies, :before] for name, value in inputs.items()}  # (b, P - 1)
-    cache = model.base_model(use_cache=True, **of_prompts).past_key_values
+    of_prompts = {name: value[::copies, :prefix] for name, value in inputs.items()}  # (b, P - 1)
+    outputs = model.base_model(use_cache=True, **of_prompts)
+    cache = outputs.past_key_values
+    if dist.is_initialized():  # FSDP gathers a layer's weights for the backward pass if its output has a gradient
+        cache.layers[-1].keys = cache.layers[-1].keys + 0 * outputs.last_hidden_state[:, :1, :1, None]
     cache.batch_repeat_interleave(copies)
-    inputs |= dict(input_ids=tokens[:, before:], position_ids=position_ids[:, before:])
+    inputs |= dict(input_ids=tokens[:, prefix:], position_ids=position_ids[:, prefix:])
     return dict(past_key_values=cache, **inputs)
 
 
@@ -289,8 +293,9 @@ class Generator(threading.Thread):
             idle = time.perf_counter()
             while (request := self.requests.get()) is not None:
                 waited = time.perf_counter() - idle
-                request.answer.set_result(self.generate(request, waited))
+                rollout = self.generate(request, waited)
                 self.requests.task_done()
+                request.answer.set_result(rollout)
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
             self.failure = error
@@ -302,7 +307,7 @@ class Generator(threading.Thread):
         if self.version != weights.version:
             with self.timed("generator", "load weights", version=weights.version):
                 self.send_weights(weights)
-                self.llm.reset_prefix_cache()  # keys and values of older weights
+                assert self.llm.reset_prefix_cache(), "vLLM keeps keys and values of older weights"
             self.version = weights.version
         weights.tensors = None  # the engine has them; later requests with this version need no copy
         shutil.rmtree(weights.folder, ignore_errors=True)
@@ -353,20 +358,17 @@ def eval_request(t: int, weights: Weights, data: Dataset, args: Args) -> Request
     return Request(f"eval-{t}", weights, rows, data[:]["input_ids"], 1, seeds, args.eval_temperature)
 
 
-@torch.no_grad()
 def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices: "Devices", folder: Path) -> Weights:
     """Copy the weights, in the generator's type; note the log-probabilities that the probe has under them.
 
     A tied output layer is copied as a tensor of its own: vLLM's CPU backend keeps a packed copy of it, which would not
     follow the embedding. Learners that run no generator only help to gather the sharded weights.
     """
-    first, others = pad([probe[:1]], 0, devices.device, left=True), pad([probe[1:]], 0, devices.device)
+    first, others = pad([probe[:1]], devices.device, "left"), pad([probe[1:]], devices.device)
     batch = Batch(1, *first, *others)  # a prompt of one token and its response
-    probe_logprobs = forward_rows(policy, batch, torch.arange(1), replace(args, temperature=1.0))[0].tolist()
-    output = policy.model.get_output_embeddings()
-    output_name = next(name for name, module in policy.model.named_modules() if module is output)
-    tensors = dict(policy.model.named_parameters()) | {f"{output_name}.weight": output.weight}
-    for name, parameter in tensors.items():
+    probe_logprobs = all_rows(policy, batch, replace(args, temperature=1.0), devices)[0].tolist()
+    tensors = {}
+    for name, parameter in policy.model.named_parameters(remove_duplicate=False):  # tied ones under both names
         tensor = full_tensor(parameter.detach())
         tensors[name] = tensor.to(getattr(torch, args.dtype), copy=True) if devices.generates else None
     weights = Weights(version, folder / f"version-{version:06d}", None, probe_logprobs)
@@ -406,12 +408,11 @@ def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: in
     return torch.where(ended, scores, args.missing_eos_score)
 
 
-@torch.no_grad()
-def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, pad_id: int, args, devices) -> Batch:
+def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, args, devices) -> Batch:
     """Tensors of a rollout and its scores (N,), with the reference's log-probabilities; samples: rows per prompt."""
-    prompts = pad(rollout.prompts[::samples], pad_id, devices.device, left=True)
-    batch = Batch(samples, *prompts, *pad(rollout.responses, pad_id, devices.device), scores=scores.to(devices.device))
-    batch.behaviour_logprobs, _ = pad(rollout.logprobs, 0.0, devices.device)
+    prompts = pad(rollout.prompts[::samples], devices.device, "left")
+    batch = Batch(samples, *prompts, *pad(rollout.responses, devices.device), scores=scores.to(devices.device))
+    batch.behaviour_logprobs, _ = pad(rollout.logprobs, devices.device)
     batch.ref_logprobs = all_rows(reference, batch, args, devices)
     return batch
 
@@ -419,7 +420,7 @@ def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy
 def micro_batches(batch: Batch, prompts: Tensor, args: Args) -> list[Tensor]:
     """All rows of these prompts, a tensor (n,) per micro-batch: prompts of like length together, so less padding."""
     lengths = batch.prompt_mask.sum(1) + batch.mask.sum(1).view(-1, batch.samples).amax(1)  # (B,)
-    prompts = prompts[lengths.cpu()[prompts].argsort(stable=True)]
+    prompts = prompts[lengths.cpu()[prompts].argsort(stable=True, descending=True)]
     rows = prompts[:, None] * batch.samples + torch.arange(batch.samples)
     return [part.flatten() for part in rows.split(max(1, args.micro_batch_size // batch.samples))]
 
@@ -428,16 +429,19 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
     """The model's outputs for rows (n,), which are all rows of some prompts: (n, R), of a ScoreModel (n, 1 + R)."""
     prompts = rows[:: batch.samples] // batch.samples
     prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]
-    P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # no compute on columns of padding only
+    P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # no columns of padding only, but P > 1
     queries = F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:]
+    once = not (args.gradient_checkpointing and torch.is_grad_enabled())  # recomputed layers would fill the cache twice
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        return F.pad(model(*queries, batch.responses[rows, :R], mask[:, :R], args), (0, mask.shape[1] - R))
+        outputs = model(*queries, batch.responses[rows, :R], mask[:, :R], args.temperature, once)
+    return F.pad(outputs, (0, mask.shape[1] - R))  # as wide as the batch again
 
 
 def all_rows(model: nn.Module, batch: Batch, args: Args, devices: "Devices") -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     rows = micro_batches(batch, torch.arange(len(batch.prompts)), args)
-    outputs = devices.map(torch.no_grad()(partial(forward_rows, model, batch, args=args)), rows)
+    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # of the thread that calls it
+    outputs = devices.map(function, rows)
     return torch.cat(list(outputs))[torch.cat(rows).argsort()]
 
 
@@ -463,9 +467,9 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
 
     def gradients(rows: Tensor, mini_rows: Tensor) -> tuple:
         loss, micro_metrics = loss_fn(model, batch, rows, mini_rows, args)
-        if devices.helper:  # two threads at once: gradients are added below, always in the same order
+        if devices.helper:  # two threads share .grad: the loop below adds to it, always in the same order
             return torch.autograd.grad(loss, parameters, materialize_grads=True), micro_metrics
-        loss.backward()
+        loss.backward()  # adds to .grad itself, as FSDP needs it
         return (), micro_metrics
 
     for u in range(updates):
@@ -502,9 +506,9 @@ class ValueModel(ScoreModel):
         torch.manual_seed(args.seed)  # of a random head
         super().__init__("value-model", args.value_model or (args.model if ":" in args.reward else args.reward))
 
-    def forward(self, prompts, prompt_mask, responses, mask, args: Args) -> Tensor:
+    def forward(self, prompts, prompt_mask, responses, mask, temperature: float, once: bool) -> Tensor:
         """Values (n, R) of the state before each response token: the prompt and the tokens before it. 0 at padding."""
-        values = super().forward(prompts, prompt_mask, responses[:, :-1], mask[:, :-1], args)
+        values = super().forward(prompts, prompt_mask, responses[:, :-1], mask[:, :-1], temperature, once)
         return torch.where(mask, values, 0.0)
 
 
@@ -529,7 +533,6 @@ def gae(rewards: Tensor, values: Tensor, args: Args) -> Tensor:
     return advantages
 
 
-@torch.no_grad()
 def ppo_targets(model: ActorCritic, batch: Batch, args: Args, devices) -> None:
     """Add old log-probabilities, values, advantages and returns to the batch.
 
@@ -602,7 +605,6 @@ def actor_critic_loss(model: ActorCritic, batch: Batch, rows: Tensor, mini_rows:
 
 
 # 6. Evaluation --------------------------------------------------------------------------------------------------------
-@torch.no_grad()
 def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, devices) -> dict:
     """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
     eos_id = tokenizer.eos_token_id
@@ -614,7 +616,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
         targets = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in targets]  # some include EOS
         values["gold_score"] = gold(rollout.prompts, rollout.responses, columns, 1)
         values["win_rate"] = values["gold_score"] > gold(rollout.prompts, targets, columns, 1)
-    batch = make_batch(rollout, scores, 1, reference, tokenizer.pad_token_id, args, devices)
+    batch = make_batch(rollout, scores, 1, reference, args, devices)
     values["kl"] = (all_rows(policy, batch, args, devices) - batch.ref_logprobs).sum(1)
     values |= {"response_length": batch.mask.sum(1), "nll": -batch.ref_logprobs.sum(1)}
     values["tokens"] = batch.prompt_mask.sum(1) + batch.mask.sum(1)
@@ -626,7 +628,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
 def main(args: Args) -> None:
     devices, S = Devices(args), args.max_staleness
     tokenizer = load_tokenizer(args)
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos_id = tokenizer.eos_token_id
     train_data = load_prompts(args, args.train_split, tokenizer, fewest=max(2, args.num_prompts))
     eval_data = load_prompts(args, args.eval_split, tokenizer, fewest=devices.world)
     eval_data = eval_data.select(range(max(1, min(args.eval_prompts, len(eval_data)) // devices.world) * devices.world))
@@ -672,7 +674,7 @@ def main(args: Args) -> None:
             # 3. Label it.
             with run.timed("learner", "label", step=t):
                 scores = score_rollout(rollout, train_data[rollout.rows], reward, args.samples_per_prompt, eos_id, args)
-                batch = make_batch(rollout, scores, args.samples_per_prompt, reference, pad_id, args, devices)
+                batch = make_batch(rollout, scores, args.samples_per_prompt, reference, args, devices)
                 ppo_targets(model, batch, args, devices)
 
             # 4. Learn from it: version t + 1.
@@ -756,6 +758,7 @@ class Devices:
             self.transfer = "nccl" if generators else "ipc"  # how weights reach vLLM
             self.device, self.generator_cores = torch.device("cuda", local_rank), cores
             torch.cuda.set_device(self.device)  # before the variable, which is for the engine
+            torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under a mask: issue 196678 of pytorch
             env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
             if self.transfer == "ipc":  # handles of CUDA memory travel pickled
                 env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -770,7 +773,7 @@ class Devices:
                 torch.set_num_threads(len(mine))  # as many in both threads: so their results are the same
 
             use(mine)
-            if half and self.world == 1 and (args.max_staleness or not split):  # synchronous split: half of them idle
+            if half and self.world == 1 and (args.max_staleness or not split):  # in a synchronous split they idle
                 self.helper = ThreadPoolExecutor(1, initializer=use, initargs=(cores[half:],))
             torch.use_deterministic_algorithms(True)
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
@@ -787,9 +790,8 @@ class Devices:
             dist.init_process_group(store=store, rank=self.rank, world_size=self.world, timeout=limit)
             self.group, _ = dist.new_subgroups(len(self.ranks), timeout=limit)  # of the learners in self.ranks
 
-
     def map(self, function: Callable, items: list):
-        """function(item) of every item, in order: two at a time while there is a helper and nothing to be generated."""
+        """function(item) of every item, in order; the helper takes every other one while nothing is to be generated."""
         todo = deque(items)
         while todo:
             item, helping = todo.popleft(), None
@@ -815,17 +817,15 @@ def load_tokenizer(args: Args):
             own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if name == "model":
             tokenizer = own
-            if own.pad_token in (None, own.eos_token) and own.unk_token not in (None, own.eos_token):
-                own.pad_token = own.unk_token  # of Llama's, which have none of their own
-            if own.eos_token is None or own.pad_token in (None, own.eos_token):
-                stop(f"the tokenizer of {path} needs an EOS token and a pad token that differs from it")
+            if own.eos_token is None:
+                stop(f"the tokenizer of {path} needs an EOS token")
         is_judge = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
         if name != "value_model" and is_judge == (name == "model"):
             stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
                  f"language model, a judge a sequence classifier with one label or a function (module:function)")
         pads = (own.pad_token, tokenizer.pad_token)
         words, known = ({k: v for k, v in t.get_vocab().items() if k not in pads} for t in (own, tokenizer))
-        if words != known or tokenizer.pad_token_id >= config.vocab_size:
+        if words != known:
             stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read")
     return tokenizer
 
@@ -859,17 +859,14 @@ def make_reward(flag: str, tokenizer, args: Args, devices: Devices) -> Callable[
     else:
         model = shard(ScoreModel(flag, spec).requires_grad_(False), args, devices.device)
 
-    pad_id = tokenizer.pad_token_id
-
-    @torch.no_grad()
     def reward(queries, responses, columns, samples):
         if ":" in spec:
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
             scores = torch.tensor(function(columns[args.query_column], texts, **others), dtype=torch.float32)
         else:
-            prompts = pad(queries[::samples], pad_id, devices.device, left=True)
-            batch = Batch(samples, *prompts, *pad(responses, pad_id, devices.device))
+            prompts = pad(queries[::samples], devices.device, "left")
+            batch = Batch(samples, *prompts, *pad(responses, devices.device))
             scores = all_rows(model, batch, args, devices)  # (n, 1 + R)
             scores = scores.gather(1, batch.mask.sum(1, keepdim=True))[:, 0].cpu()  # after the last token
         if scores.shape != (len(responses),) or not scores.isfinite().all():
@@ -879,10 +876,9 @@ def make_reward(flag: str, tokenizer, args: Args, devices: Devices) -> Callable[
     return reward
 
 
-def pad(rows: list[list], value, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
+def pad(rows: list[list], device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
     """Rows of different lengths in one (len(rows), longest) tensor, and a mask that is false at its padding."""
-    side = "left" if left else "right"
-    padded = pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+    padded = pad_sequence([torch.tensor(row) for row in rows], True, 0, side)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], True, False, side)
     return padded.to(device), mask.to(device)
 
@@ -1162,7 +1158,10 @@ if __name__ == "__mp_main__":  # this is the process of the engine: it ends with
     os.environ["ENGINE_PARENT"] = str(os.getpid())  # of tensor-parallel workers
     os.setsid()  # a Ctrl-C reaches the learner only
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    given = tyro.cli(Args)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the learner that will start vllm: its import takes seconds
+        threading.Thread(target=__import__, args=("vllm.entrypoints.llm",), daemon=True).start()
+    main(given)
     if "RANK" in os.environ:  # threads of torch's process groups now and then abort a normal exit
         sys.stdout.flush()
         os._exit(0)

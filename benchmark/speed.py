@@ -142,13 +142,13 @@ class Parts:
 
     def label(self, rollout):
         """Scores and batch, as in main()."""
-        args, eos_id, pad_id = self.args, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        args, eos_id = self.args, self.tokenizer.eos_token_id
         samples = args.samples_per_prompt
         scores = self.module.score_rollout(rollout, self.data[rollout.rows], self.reward, samples, eos_id, args)
         if self.module is dpo:
             rollout, scores = dpo.best_and_worst(rollout, scores, samples)
             samples = 2
-        return self.module.make_batch(rollout, scores, samples, self.reference, pad_id, args, self.devices)
+        return self.module.make_batch(rollout, scores, samples, self.reference, args, self.devices)
 
     def learn(self, batch) -> None:
         loss = dpo.online_dpo_loss if self.module is dpo else rloo.leave_one_out_loss

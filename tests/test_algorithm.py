@@ -15,7 +15,7 @@ import async_ppo
 import async_rloo
 from tests import tiny
 
-PAD, EOS = 0, 1
+EOS = 1
 ALONE = types.SimpleNamespace(device=torch.device("cpu"), helper=None, map=map)  # a learner without a generator
 
 
@@ -57,7 +57,7 @@ def batch_of(task, args, rollout):
     tokenizer, policy = AutoTokenizer.from_pretrained(args.model), script.Policy(args)
     reward = script.make_reward("reward", tokenizer, args, ALONE)
     scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, 2, EOS, args)
-    return policy, script.make_batch(rollout, scores, 2, policy, PAD, args, ALONE)
+    return policy, script.make_batch(rollout, scores, 2, policy, args, ALONE)
 
 
 def learner_of(task, algo, rollout, samples, **changes):
@@ -70,7 +70,7 @@ def learner_of(task, algo, rollout, samples, **changes):
     if algo == "online_dpo":
         rollout, scores = script.best_and_worst(rollout, scores, samples)
         samples = 2
-    batch = module.make_batch(rollout, scores, samples, policy, PAD, args, ALONE)
+    batch = module.make_batch(rollout, scores, samples, policy, args, ALONE)
     with torch.no_grad():  # the learner has moved on from the reference
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)

@@ -58,8 +58,7 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(model="{}/polcy"), "--model {}/polcy: "),
     (DPO, dict(model="{}/empty"), "--model {}/empty: "),
     (DPO, dict(model="{}/rm"), "--model {}/rm is a ['LlamaForSequenceClassification'] with 1 labels: a policy must be"),
-    (DPO, dict(model="{}/no-eos"), "{}/no-eos needs an EOS token and a pad token that differs from it"),
-    (DPO, dict(model="{}/pad-is-eos"), "{}/pad-is-eos needs an EOS token and a pad token that differs"),
+    (DPO, dict(model="{}/no-eos"), "{}/no-eos needs an EOS token"),
     (DPO, dict(reward="{}/r"), "--reward {}/r: "),
     (DPO, dict(reward="{}/policy"), "--reward {}/policy is a ['LlamaForCausalLM'] with"),
     (DPO, dict(reward="{}/two-labels"), "with 2 labels: a policy must be a language model, a judge a sequence"),
@@ -87,7 +86,7 @@ def task(tmp_path_factory):
     """The tiny task, and beside it things that are wrong."""
     folder = tiny.make(str(tmp_path_factory.mktemp("tiny")))
     os.mkdir(f"{folder}/empty")
-    for name, tokens in {"no-eos": dict(eos_token=None), "pad-is-eos": dict(pad_token="<eos>", unk_token=None)}.items():
+    for name, tokens in {"no-eos": dict(eos_token=None)}.items():
         shutil.copytree(f"{folder}/policy", f"{folder}/{name}")
         AutoTokenizer.from_pretrained(f"{folder}/policy", **tokens).save_pretrained(f"{folder}/{name}")
     wrong = {"two-labels": dict(num_labels=2), "other-words": {}}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import async_online_dpo as script
 import async_ppo
-from tests.test_algorithm import ALONE, PAD, learner_of, make_args, make_rollout
+from tests.test_algorithm import ALONE, learner_of, make_args, make_rollout
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, eos_token_id=1)
 GATED = SMALL | dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None)
@@ -64,7 +64,7 @@ def test_outputs_and_gradients_are_those_of_each_row_by_itself(task, folders, k)
     value_model = async_ppo.ValueModel(value_args).eval()
     tokenizer = AutoTokenizer.from_pretrained(f"{task}/policy")
     reward = script.make_reward("reward", tokenizer, args, ALONE)
-    batch = script.make_batch(rollout, torch.zeros(8 * k), k, policy, PAD, args, ALONE)
+    batch = script.make_batch(rollout, torch.zeros(8 * k), k, policy, args, ALONE)
     scores = reward(rollout.prompts, rollout.responses, {}, k)
     weights = torch.randn(8 * k, batch.mask.shape[1], generator=torch.Generator().manual_seed(1)) * batch.mask
     found = []
@@ -97,7 +97,7 @@ def test_whole_prompts_before_every_response(task, folders):
     for again in (False, True):
         args = make_args(task, model=folders[0], micro_batch_size=64, gradient_checkpointing=again)
         policy = script.shard(script.Policy(args), args, ALONE.device)
-        batch = script.make_batch(rollout_of(2), torch.zeros(16), 2, policy, PAD, args, ALONE)
+        batch = script.make_batch(rollout_of(2), torch.zeros(16), 2, policy, args, ALONE)
         script.forward_rows(policy, batch, torch.arange(16), args).sum().backward()
         results.append([batch.ref_logprobs, *(p.grad for p in policy.parameters())])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results))

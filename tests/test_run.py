@@ -139,13 +139,26 @@ def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
         scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, 1, args), 2
         if algo == "online_dpo":
             rollout, scores = module.best_and_worst(rollout, scores, 2)
-        batch = module.make_batch(rollout, scores, samples, reference, 0, args, devices)
+        batch = module.make_batch(rollout, scores, samples, reference, args, devices)
         if algo == "ppo":
             module.ppo_targets(model, batch, args, devices)
         module.learn(model, getattr(module, loss), optimizer, batch, t, args, devices)
     torch.set_num_threads(threads)
     trained = metrics(folder)[1]
     assert all(torch.equal(trained[name], p) for name, p in policy.model.named_parameters())
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_the_pad_token_does_not_matter(run, task, tmp_path, pad):
+    """None, or EOS as in many models: the same metrics and weights, to the last bit."""
+    changes = {}
+    for flag, name in (("model", "policy"), ("reward", "rm")):
+        changes[flag] = str(shutil.copytree(f"{task}/{name}", tmp_path / name))
+        tokenizer = AutoTokenizer.from_pretrained(changes[flag])
+        tokenizer.pad_token = pad
+        tokenizer.save_pretrained(changes[flag])
+    assert AutoTokenizer.from_pretrained(changes["model"]).pad_token == pad
+    assert same(metrics(run("plain")[0]), metrics(run("other", **changes)[0]))
 
 
 def test_old_weights_are_noticed(run, monkeypatch, tmp_path):

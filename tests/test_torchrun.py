@@ -104,6 +104,13 @@ def test_two_learners_are_one(alone, pair, name, changes):
 
 
 @pytest.mark.long
+def test_two_learners_in_bfloat16(pair):
+    """FSDP casts what forward() is given: it must be tensors and plain values."""
+    records, _ = results(pair("async_rloo.py", dtype="bfloat16"))
+    assert len(records) == 6
+
+
+@pytest.mark.long
 def test_an_error_of_one_learner_ends_both_and_they_go_on(task, tmp_path, pair):
     """The reward of learner 1 fails in batch 2; torchrun starts both again: the bits of a run without that."""
     folder = str(tmp_path / "run")
