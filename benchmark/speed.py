@@ -530,7 +530,7 @@ def memory_of(label: str, **changes) -> None:
 
 def peer() -> None:
     """30 updates of 256 completions, K = 4: clock per 1,000 completions once under way, and accuracy reached."""
-    data = load_from_disk(MATH["dataset"])["test"][:]
+    data, per_step = load_from_disk(MATH["dataset"])["test"][:], {}
     for name in ("async_rloo.py", "TRL"):
         folder = tempfile.mkdtemp()
         if name == "TRL":
@@ -549,9 +549,10 @@ def peer() -> None:
         tokenizer = AutoTokenizer.from_pretrained(MATH["model"])
         from benchmark.tasks.math_tiny import accuracy
 
-        note("peer", f"{name}: per 1,000 completions", [step * 1000 / 256 for step in steps], "s")
+        per_step[name] = note("peer", f"{name}: per 1,000 completions", [step * 1000 / 256 for step in steps], "s")
         note("peer", f"{name}: test accuracy after 30 updates", [accuracy(policy, tokenizer, data)], "share")
         shutil.rmtree(folder)
+    note("peer", "TRL / async_rloo.py, of the medians", [per_step["TRL"] / per_step["async_rloo.py"]], "ratio")
 
 
 def trl_part(folder: str) -> None:
