@@ -75,7 +75,8 @@ def test_a_pushed_weight_changes_what_is_generated(task, engine, tmp_path):
 
     llm, send_weights = engine
     args = script.Args(**flags(task))
-    policy, devices = script.Policy(args), SimpleNamespace(device=torch.device("cpu"), generates=True, transfer="file")
+    policy, where = script.Policy(args), dict(device=torch.device("cpu"), generates=True, transfer="file")
+    devices = SimpleNamespace(helper=None, map=map, **where)
     prompt, params = [3, 10, 11, 12, 4], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     generated = []
     for version in (1, 2):
