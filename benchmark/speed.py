@@ -124,8 +124,9 @@ class Parts:
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
         self.probe = self.data[0]["input_ids"][: args.prompt_length]
         self.weights = self.snapshot(0)
-        generator = (args, self.devices, self.weights, self.probe, self.tokenizer.eos_token_id, self.timed)
+        generator = (args, self.devices, self.probe, self.tokenizer.eos_token_id, self.timed)
         self.generator = module.Generator(*generator)
+        self.generator.start_weights = self.weights
         if engine:
             self.generator.start()
 
@@ -142,16 +143,17 @@ class Parts:
 
     def label(self, rollout):
         """Scores and batch, as in main()."""
-        args, eos_id = self.args, self.tokenizer.eos_token_id
+        args = self.args
         samples = args.samples_per_prompt
-        scores = self.module.score_rollout(rollout, self.data[rollout.rows], self.reward, samples, eos_id, args)
+        columns, tokenizer = self.data[rollout.rows], self.tokenizer
+        scores = self.module.score_rollout(rollout, columns, self.reward, samples, tokenizer, args)
         if self.module is dpo:
             rollout, scores = dpo.best_and_worst(rollout, scores, samples)
             samples = 2
         return self.module.make_batch(rollout, scores, samples, self.reference, args, self.devices)
 
     def learn(self, batch) -> None:
-        loss = dpo.online_dpo_loss if self.module is dpo else rloo.leave_one_out_loss
+        loss = dpo.dpo_loss if self.module is dpo else rloo.leave_one_out_loss
         self.module.learn(self.policy, loss, self.optimizer, batch, 0, self.args, self.devices)
 
     def close(self) -> None:
@@ -178,7 +180,7 @@ def run_with(engine, module, **flags) -> dict:
     os.sched_setaffinity(0, CORES)
 
     def close(generator):
-        generator.requests.put(None)
+        generator.devices.requests.put(None)
         generator.join()
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -246,6 +248,15 @@ def learner_seconds(parts: Parts, rollout) -> None:
     parts.learn(parts.label(rollout))
 
 
+def repeated_prompts(model, prompts, prompt_mask, responses, mask) -> dict:
+    """In place of after_prompts(): every response has its prompt before it."""
+    copies = len(responses) // len(prompts)
+    tokens = torch.cat([prompts.repeat_interleave(copies, 0), responses], 1)
+    attention_mask = torch.cat([prompt_mask.repeat_interleave(copies, 0), mask], 1).long()
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return dict(input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+
+
 def prompts() -> None:
     """A random policy of 10 M parameters as policy and reference; both ways with one thread."""
     for samples in (2, 4):
@@ -259,11 +270,11 @@ def prompts() -> None:
             responses, rows = rng.integers(5, 2000, (32, 53)).tolist(), list(range(32))
             rollout = rloo.Rollout(0, rows, queries, responses, [[-7.0] * 53] * 32, 0.0, {})
 
-            def learn(repeat: bool, parts=parts, rollout=rollout) -> None:
-                parts.args.gradient_checkpointing = repeat  # the layers are as they were: it only repeats the prompts
+            def learn(parts=parts, rollout=rollout) -> None:
                 learner_seconds(parts, rollout)
 
-            found = in_turn(PAIRS, repeated=lambda: learn(True), once=lambda: learn(False))
+            patched = mock.patch.object(rloo, "after_prompts", repeated_prompts)
+            found = in_turn(PAIRS, repeated=patched(learn), once=learn)
             ratios = [a / b for a, b in zip(found["repeated"], found["once"])]
             note("prompts", f"512 + 53 tokens, 10 M, K = {samples}: prompts K times / once", ratios, "ratio")
 

@@ -88,8 +88,8 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
         return rollout
 
     def close_and_wait(generator):
-        generator.requests.queue.clear()
-        generator.requests.put(None)  # close() would end the engine too, and the next test needs it
+        generator.devices.requests.queue.clear()
+        generator.devices.requests.put(None)  # close() would end the engine too, and the next test needs it
         generator.join(60)
 
     with pytest.MonkeyPatch.context() as patch:

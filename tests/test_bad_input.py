@@ -155,11 +155,8 @@ def test_weights_that_are_no_safetensors_get_one_line(task):
 @pytest.mark.parametrize(
     "script, processes, gpus, flags, message",
     [
-        (DPO, 4, 4, {}, "4 learners with --generator-tensor-parallel 1 do not fit on 4 GPU(s)"),
-        (DPO, 3, 4, dict(generator_tensor_parallel=2), "3 learners with --generator-tensor-parallel 2 do not fit on 4"),
-        (DPO, 1, 0, dict(generator_tensor_parallel=2), "1 learners with --generator-tensor-parallel 2 do not fit on 0"),
-        (DPO, 1, 2, dict(generator_tensor_parallel=2), "1 learners with --generator-tensor-parallel 2 do not fit on 2"),
-        (SYNC, 3, 2, dict(placement="colocate"), "3 learners with --generator-tensor-parallel 1 do not fit on 2"),
+        (DPO, 4, 4, {}, "4 learners need as many GPUs; of 4, 3 can learn"),
+        (SYNC, 3, 2, dict(placement="colocate"), "3 learners need as many GPUs; of 2, 2 can learn"),
         (DPO, 3, 0, {}, "--batch-size 32 must be a multiple of 6, learners x samples per prompt"),
     ],
 )

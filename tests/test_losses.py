@@ -10,6 +10,7 @@ import torch
 import async_online_dpo
 import async_ppo
 import async_rloo
+from tests.test_algorithm import dpo_losses
 
 K, B, R = 4, 3, 5
 N = B * K
@@ -219,7 +220,7 @@ def test_dpo_is_trl_s():
     mine, theirs = pi.clone().requires_grad_(), pi.clone().requires_grad_()
     args = async_online_dpo.Args(reward="m:f", gold="", beta=0.3)
     sums, ref_sums = mine.sum(1), ref.sum(1)
-    losses, _ = async_online_dpo.dpo_loss(*sums.chunk(2), *ref_sums.chunk(2), args)
+    losses = dpo_losses(*sums.chunk(2), *ref_sums.chunk(2), args)
     losses.mean().backward()
     self = MagicMock(aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl")
     self.loss_types, self.loss_weights, self.beta, self.use_weighting = ["sigmoid"], [1.0], 0.3, False

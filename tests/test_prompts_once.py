@@ -91,18 +91,6 @@ def test_outputs_and_gradients_are_those_of_each_row_by_itself(task, folders, k)
         assert sum(grad.abs().max() > 1e-3 for grad in grads) > len(grads) / 2  # the comparison is of something
 
 
-def test_whole_prompts_before_every_response(task, folders):
-    """With --gradient-checkpointing prompts are repeated: the same outputs and gradients."""
-    results = []
-    for again in (False, True):
-        args = make_args(task, model=folders[0], micro_batch_size=64, gradient_checkpointing=again)
-        policy = script.shard(script.Policy(args), args, ALONE.device)
-        batch = script.make_batch(rollout_of(2), torch.zeros(16), 2, policy, args, ALONE)
-        script.forward_rows(policy, batch, torch.arange(16), args).sum().backward()
-        results.append([batch.ref_logprobs, *(p.grad for p in policy.parameters())])
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results))
-
-
 class Moments:
     """Requests that come and go at random: the generator has something to do, or not, at every look."""
 

@@ -129,15 +129,15 @@ def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
     data, probe = module.load_prompts(args, "train", tokenizer, fewest=2), [5, 6, 7]
     policy, reference = module.Policy(args), module.Policy(args)
     model = module.ActorCritic(policy, module.ValueModel(args)) if algo == "ppo" else policy
-    loss = {"online_dpo": "online_dpo_loss", "rloo": "leave_one_out_loss", "ppo": "actor_critic_loss"}[algo]
+    loss = {"online_dpo": "dpo_loss", "rloo": "leave_one_out_loss", "ppo": "actor_critic_loss"}[algo]
     reward = module.make_reward("reward", tokenizer, args, devices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-    generator = module.Generator(args, devices, None, probe, 1, lambda *_, **__: contextlib.nullcontext())
+    generator = module.Generator(args, devices, probe, 1, lambda *_, **__: contextlib.nullcontext())
     generator.llm, generator.send_weights = engine
     for t in range(args.num_batches):
         weights = module.snapshot(policy, t, probe, args, devices, tmp_path / "plain")
         rollout = generator.generate(module.batch_request(t, weights, data, args), 0.0)
-        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, 1, args), 2
+        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, tokenizer, args), 2
         if algo == "online_dpo":
             rollout, scores = module.best_and_worst(rollout, scores, 2)
         batch = module.make_batch(rollout, scores, samples, reference, args, devices)
@@ -209,7 +209,7 @@ def test_every_loss_learns(run, algo, changes):
     assert records[0]["score"] < -0.8 and records[-1]["score"] > (-0.2 if only_ends else 1.0)
     for r in records:
         assert np.isfinite([v for v in r.values() if v is not None]).all()
-        assert 0 < r["effective_sample_size"] <= 1 + 1e-9 and 0 <= r["clip_fraction"] <= 1 and r["behaviour_kl"] > -1e-6
+        assert 0 <= r["clip_fraction"] <= 1 and r["behaviour_kl"] > -1e-6
 
 
 def test_colocated_and_split_give_the_same(run):
@@ -290,7 +290,7 @@ def test_every_metric_has_its_line_on_the_page(run, algo):
     changes = dict(reward="tests.tiny:reward", samples_per_prompt=1) if algo == "ppo" else {}
     folder, _ = run("run", ALGORITHMS[algo], eval_every=6, eval_prompts=16, **changes)
     text = "".join(open(f"{HERE}/docs/{page}.md").read() for page in ("async_online_dpo", f"async_{algo}"))
-    plain = {"step", "version", "episodes", "prompts"}
+    plain = {"step", "version", "episodes"}
     names = {name for record in timeline.lines(folder, "metrics.jsonl") for name in record}
     assert not [name for name in names if f"`{name}`" not in text and name not in plain]
 
@@ -325,9 +325,7 @@ def test_prompts_that_vllm_reads_once_give_the_same_responses(task, tmp_path, mo
         with real_engine(args, str(tmp_path / f"weights-{caching}")) as (llm, send_weights):
             devices = script.Devices(args)
             os.sched_setaffinity(0, affinity)
-            generator = script.Generator(
-                args, devices, None, [5, 6, 7], 1, lambda *_, **__: contextlib.nullcontext()
-            )
+            generator = script.Generator(args, devices, [5, 6, 7], 1, lambda *_, **__: contextlib.nullcontext())
             wait = llm.wait_for_completion
 
             def counted(wait=wait, caching=caching, **options):

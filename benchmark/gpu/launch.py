@@ -47,7 +47,7 @@ def engine_options(cuda: bool) -> dict:
     return options
 
 
-def reload_sender(llm, devices, world_size):
+def reload_sender(llm, devices):
     """In place of cuda_sender: write a snapshot where the CPU path has it, and let vLLM read it."""
     from safetensors.torch import save_file
 

@@ -149,7 +149,7 @@ def main(name: str, folder: str) -> None:
             return getattr(llm, attribute)
 
     dpo.start_engine = lambda *_: (Shared(), send_weights)  # every run begins by sending its weights
-    dpo.Generator.close = lambda generator: generator.requests.put(None)  # not the engine
+    dpo.Generator.close = lambda generator: generator.devices.requests.put(None)  # not the engine
     for staleness in (1, 0):
         line = {"step": f"speed-{name}-S{staleness}", "shape": name, "parameters": parameters, "S": staleness}
         line |= {"batch": batch, "prompt": prompt, "response": response, "micro": number("SPEED_MICRO", 32)}
