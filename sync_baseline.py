@@ -45,11 +45,10 @@ from typing import Literal
 
 if __name__ == "__main__":  # before the imports that read these variables; those that the user has set win
     print("Loading torch, transformers and datasets", flush=True)
-    defaults = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
-    defaults |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
-    defaults |= dict(VLLM_CPU_KVCACHE_SPACE="1")  # GiB
-    defaults |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
+    quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
+    quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
+    quiet |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
 
 import numpy as np
 import torch
@@ -664,6 +663,7 @@ class Devices:
             if half and self.world == 1 and (args.max_staleness or not split):  # in a synchronous split they idle
                 self.helper = ThreadPoolExecutor(1, initializer=use, initargs=(cores[half:],))
             torch.use_deterministic_algorithms(True)
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(len(self.generator_cores))}
         os.environ.update(env)
         torch.manual_seed(args.seed)
