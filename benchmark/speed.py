@@ -2,7 +2,8 @@
 
     steps       a step of `colocate` and of `split` over the asynchronous one, and that over its limit by arithmetic;
                 three algorithms on tldr-tiny and math-tiny, one engine for all runs of a placement; 5 pairs
-    before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs
+    before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs. A policy and
+                reward model of 135 M are random, with the settings of docstrings.sh: every response has 24 tokens
     prompts     the learner with each prompt once against K times, for prompts of 512 and responses of 53 tokens
     busy        the learner with both threads and with one, alone and beside a busy process
     overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
@@ -12,7 +13,7 @@
     weights     seconds from "the learner has them" to "the generator has them", by size of the policy
     startup     seconds from the command to the first update
     memory      peak of learner and engine against parameters + gradients + optimizer states + reference
-    peer        TRL's RLOOTrainer on the same model, prompts, completions and cores
+    peer        TRL's RLOOTrainer on the same model, prompts, completions and cores: of 0.9 M, and of 135 M (random)
 
 Everything compared is measured in one run, in turn, REPEATS times; a value is the median, its spread the range. Task:
 math-tiny. Lines go to benchmark/results/speed.csv as they are measured, with command, commit, versions and machine.
@@ -22,6 +23,7 @@ import contextlib
 import csv
 import json
 import os
+import pkgutil
 import platform
 import shutil
 import statistics
@@ -36,7 +38,13 @@ from unittest import mock
 import numpy as np
 import torch
 from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import async_online_dpo as dpo
 import async_ppo as ppo
@@ -53,8 +61,8 @@ MATH = dict(model="tasks/math-tiny/sft", dataset="tasks/math-tiny/data", reward=
 MATH |= dict(batch_size=256, temperature=1.0, missing_eos_score=0.0, prompt_length=64, response_length=48)
 MATH |= dict(learning_rate=1e-4, eval_every=0)
 TLDR = dict(model="tasks/tldr-tiny/sft-m", dataset="tasks/tldr-tiny/data", reward="tasks/tldr-tiny/rm-m", gold="")
-TLDR |= dict(eval_every=0)  # all else as the scripts have it
-BATCHES = 14  # of a run: the first ones are not timed
+TLDR |= dict(batch_size=128, eval_every=0)  # all else as the scripts have it
+BATCHES = 14  # of a run, and 10 in `before`: the first ones are not timed
 SMOLLM2 = (576, 30, 1536, 49152)  # hidden size, layers, intermediate size, vocabulary
 CORES = os.sched_getaffinity(0)
 
@@ -88,7 +96,7 @@ def engine_version() -> str:
 def run(script: str, tree: str = ".", task: dict = MATH, **flags) -> dict:
     """The times of a run of a script as a user starts it in a tree: timeline.summary."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = task | dict(total_episodes=BATCHES * task.get("batch_size", 128)) | flags
+        flags = dict(total_episodes=BATCHES * task["batch_size"]) | task | flags
         options = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         command = [sys.executable, script, *options, f"--output-dir={folder}/run"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tree)
@@ -202,7 +210,7 @@ def steps() -> None:
                 options = dict(placement=placement, max_staleness=int(placement == "split"))
                 engines[placement] = stack.enter_context(engine_of(**flags | options))
             for module in (dpo, rloo, ppo):
-                shape = flags | dict(total_episodes=BATCHES * flags.get("batch_size", 128))
+                shape = flags | dict(total_episodes=BATCHES * flags["batch_size"])
                 found = {name: [] for name in ways}
                 for seed in range(PAIRS + 1):
                     for name, (placement, lag) in list(ways.items())[:: 1 if seed % 2 else -1]:
@@ -226,22 +234,40 @@ def steps() -> None:
 
 
 def before() -> None:
-    settings = {
-        "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR),
-        "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH),
-        "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR),
-    }
     with tempfile.TemporaryDirectory() as folder:
-        tree = f"{folder}/before"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)
-        os.symlink(os.path.abspath("tasks"), f"{tree}/tasks")
-        for name, (script, task) in settings.items():
-            ratios = []
-            for seed in range(1, PAIRS + 1):
-                old, new = (run(script, where, task, seed=seed)["step"] for where in (tree, "."))
-                ratios.append(old / new)
-            note("before", f"{name}: step before / step now", ratios, "ratio")
-        subprocess.run(["git", "worktree", "remove", "--force", tree], check=True)
+        before_of(folder, large_task(folder))
+
+
+def large_task(folder: str) -> dict:
+    """Flags for a random policy and a random reward model of SmolLM2-135M's shape, on the prompts of tldr-tiny."""
+    random_llama(f"{folder}/policy", *SMOLLM2, tokenizer=TLDR["model"])
+    model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/policy", num_labels=1, dtype=torch.float32)
+    model.save_pretrained(f"{folder}/rm")
+    AutoTokenizer.from_pretrained(TLDR["model"]).save_pretrained(f"{folder}/rm")
+    flags = dict(model=f"{folder}/policy", reward=f"{folder}/rm", dtype="bfloat16", learning_rate=2e-5)
+    return TLDR | flags | dict(batch_size=32, total_episodes=7 * 32, prompt_length=100, response_length=24)
+
+
+def before_of(folder: str, large: dict) -> None:
+    large_now, ten = large | dict(micro_batch_size=8), 10 * 128
+    settings = {
+        "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR | dict(total_episodes=ten)),
+        "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH | dict(total_episodes=2 * ten)),
+        "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR | dict(total_episodes=ten)),
+        "135 M, bfloat16, Online DPO, K = 2": ("async_online_dpo.py", large_now),
+    }
+    tree = f"{folder}/before"
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)
+    os.symlink(os.path.abspath("tasks"), f"{tree}/tasks")
+    for name, (script, task) in settings.items():
+        steps = {tree: [], ".": []}
+        for seed in range(1, PAIRS + 1):
+            for where, found in steps.items():
+                more = dict(micro_batch_size=32) if where == tree and task is large_now else {}  # as it was then
+                found.append(run(script, where, task, seed=seed, **more)["step"])
+        note("before", f"{name}: step before / step now", [a / b for a, b in zip(*steps.values())], "ratio")
+        note("before", f"{name}: step now", steps["."], "s")
+    subprocess.run(["git", "worktree", "remove", "--force", tree], check=True)
 
 
 def learner_seconds(parts: Parts, rollout) -> None:
@@ -365,8 +391,8 @@ def control_part(folder: str, seed: str, side: str) -> None:
     print(statistics.median(times))
 
 
-def random_llama(folder: str, hidden: int, layers: int, intermediate: int, vocabulary: int, positions=128) -> int:
-    """Write a Llama with random weights and math-tiny's tokenizer. Returns its number of parameters."""
+def random_llama(folder: str, hidden, layers, intermediate, vocabulary, positions=128, tokenizer="") -> int:
+    """Write a Llama with random weights and a task's tokenizer. Returns its number of parameters."""
     heads = hidden // 64
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, head_dim=64,
                          num_attention_heads=heads, num_key_value_heads=3 if heads == 9 else heads,
@@ -374,7 +400,7 @@ def random_llama(folder: str, hidden: int, layers: int, intermediate: int, vocab
                          eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MATH["model"]).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer or MATH["model"]).save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -540,65 +566,78 @@ def memory_of(label: str, **changes) -> None:
 
 
 def peer() -> None:
-    """30 updates of 256 completions, K = 4: clock per 1,000 completions once under way, and accuracy reached."""
-    data, per_step = load_from_disk(MATH["dataset"])["test"][:], {}
-    for name in ("async_rloo.py", "TRL"):
+    """Seconds per 1,000 completions once under way, K = 4; on math-tiny the accuracy too."""
+    peer_of("0.9 M", MATH | dict(total_episodes=30 * 256))
+    with tempfile.TemporaryDirectory() as folder:
+        large = large_task(folder) | dict(reward="benchmark.tasks.tldr_tiny:gold", samples_per_prompt=4)
+        peer_of("135 M", large | dict(micro_batch_size=8, temperature=1.0, total_episodes=8 * 32))
+
+
+def peer_of(name: str, task: dict) -> None:
+    per_step, batch_size = {}, task["batch_size"]
+    for which in ("async_rloo.py", "TRL"):
         folder = tempfile.mkdtemp()
-        if name == "TRL":
-            command = [sys.executable, "-m", "benchmark.speed", "trl-part", folder]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+        if which == "TRL":
+            command = [sys.executable, "-m", "benchmark.speed", "trl-part", folder, json.dumps(task)]
+        else:
+            options = [f"--{key.replace('_', '-')}={value}" for key, value in task.items()]
+            command = [sys.executable, which, *options, f"--output-dir={folder}/run"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+        if which == "TRL":
             steps = json.loads(Path(folder, "steps.json").read_text())
         else:
-            flags = MATH | dict(total_episodes=30 * 256, output_dir=f"{folder}/run")
-            options = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
-            subprocess.run([sys.executable, name, *options], check=True, capture_output=True)
             lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-            steps = [json.loads(line)["time/step"] for line in lines][2:]
-        policy = AutoModelForCausalLM.from_pretrained(f"{folder}/run/policy", dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(MATH["model"])
-        from benchmark.tasks.math_tiny import accuracy
+            steps = [json.loads(line)["time/step"] for line in lines]
+        steps = [step * 1000 / batch_size for step in steps if step][1:]  # the first one warms up
+        per_step[which] = note("peer", f"{name}, {which}: per 1,000 completions", steps, "s")
+        if name == "0.9 M":
+            from benchmark.tasks.math_tiny import accuracy
 
-        per_step[name] = note("peer", f"{name}: per 1,000 completions", [step * 1000 / 256 for step in steps], "s")
-        note("peer", f"{name}: test accuracy after 30 updates", [accuracy(policy, tokenizer, data)], "share")
+            policy = AutoModelForCausalLM.from_pretrained(f"{folder}/run/policy", dtype=torch.float32)
+            data, tokenizer = load_from_disk(MATH["dataset"])["test"][:], AutoTokenizer.from_pretrained(MATH["model"])
+            note("peer", f"{which}: test accuracy after 30 updates", [accuracy(policy, tokenizer, data)], "share")
         shutil.rmtree(folder)
-    note("peer", "TRL / async_rloo.py, of the medians", [per_step["TRL"] / per_step["async_rloo.py"]], "ratio")
+    note("peer", f"{name}: TRL / async_rloo.py, of the medians", [per_step["TRL"] / per_step["async_rloo.py"]], "ratio")
 
 
-def trl_part(folder: str) -> None:
+def trl_part(folder: str, task: str) -> None:
     """TRL's RLOOTrainer with transformers' generate, both cores for everything: its weights cannot reach vLLM's CPU
     backend (load_weights leaves packed copies as they were)."""
     from transformers import TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
 
-    from benchmark.tasks.math_tiny import reward
+    args = json.loads(task)
+    function = pkgutil.resolve_name(args["reward"])
 
     class Clock(TrainerCallback):
         def __init__(self):
-            self.ends = []
+            self.ends = [time.perf_counter()]
 
         def on_step_end(self, *_, **__):
             self.ends.append(time.perf_counter())
 
-    def score(prompts, completions, reference, **_):
-        return reward(prompts, completions, reference=reference)
+    def score(prompts, completions, **columns):
+        return function(prompts, completions, **columns)
 
     torch.set_num_threads(os.cpu_count())
-    data = load_from_disk(MATH["dataset"])["train"].rename_column("query", "prompt")
+    data, n = load_from_disk(args["dataset"])["train"].rename_column("query", "prompt"), args["batch_size"]
+    size = min(64, n)  # larger ones are no faster; at 135 M it is all of a batch
     config = RLOOConfig(
-        output_dir=folder, max_steps=30, per_device_train_batch_size=64, gradient_accumulation_steps=4,
-        num_generations=4, generation_batch_size=256, max_completion_length=48, temperature=1.0, beta=0.05,
-        learning_rate=1e-4, bf16=False, max_grad_norm=1.0, adam_epsilon=1e-5, lr_scheduler_type="linear",
-        use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", gradient_checkpointing=False,
-        disable_tqdm=True, seed=1,
+        output_dir=folder, max_steps=args["total_episodes"] // n, per_device_train_batch_size=size,
+        gradient_accumulation_steps=n // size, num_generations=4, generation_batch_size=n,
+        max_completion_length=args["response_length"], temperature=1.0, beta=0.05,
+        learning_rate=args["learning_rate"], bf16=args.get("dtype") == "bfloat16", max_grad_norm=1.0,
+        adam_epsilon=1e-5, lr_scheduler_type="linear", use_cpu=True, report_to=[], save_strategy="no",
+        logging_strategy="no", gradient_checkpointing=False, disable_tqdm=True, seed=1,
     )  # fmt: skip
-    clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(MATH["model"], padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(MATH["model"], dtype=torch.float32)
+    clock, tokenizer = Clock(), AutoTokenizer.from_pretrained(args["model"], padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(args["model"], dtype=torch.float32)
     trainer = RLOOTrainer(model, score, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
     trainer.train()
     trainer.save_model(f"{folder}/run/policy")
-    Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends[1:], clock.ends[2:])]))
+    Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends, clock.ends[1:])]))
 
 
 PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, overlap=overlap, generator=generator)
