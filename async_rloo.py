@@ -99,7 +99,7 @@ class Args:
     learning_rate: float = 5e-5  # peak learning rate of AdamW, decayed linearly to 0
     lr_schedule: Literal["per_batch", "per_update"] = "per_batch"  # decay once per generated batch or update
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"  # computed in
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"  # to compute in
     gpu_memory_utilization: float = 0.3  # share of its GPU's memory for vLLM: weights, keys and values
     timeout: float = 600.0  # seconds that the learner may wait for the generator, its start included
     eval_every: int = 25  # evaluate every so many batches, and after the last; 0: never
@@ -141,7 +141,7 @@ class Policy(nn.Module):
         prompts (b, P): left padding; responses (n, R): right padding, n/b in a row for each prompt; masks: of tokens.
         """
         inputs = after_prompts(self.model, prompts, prompt_mask, responses[:, :-1], mask[:, :-1])
-        logits = self.model(**inputs, logits_to_keep=mask.shape[1]).logits.float() / temperature  # (n, R, V)
+        logits = self.model(**inputs).logits.float() / temperature  # (n, R, V)
         losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")  # (n * R,)
         return torch.where(mask, -losses.view(mask.shape), 0.0)
 
@@ -149,22 +149,22 @@ class Policy(nn.Module):
 class ScoreModel(nn.Module):
     """A sequence classifier with one label, whose forward pass returns its score after every token."""
 
-    def __init__(self, flag: str, path: str):
+    def __init__(self, flag: str, path: str, new_head: bool = False):
         super().__init__()
         options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         with exit_on_error(flag, path):
             self.model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
-            assert set(info["missing_keys"]) <= {"score.weight"}, f"it has no {sorted(info['missing_keys'])}"
+            assert new_head or not info["missing_keys"], f"it has no {sorted(info['missing_keys'])}"
 
     def forward(self, prompts, prompt_mask, responses, mask, temperature: float) -> Tensor:
         """Scores (n, 1 + R), after the prompt and after each response token. Arguments as Policy.forward."""
         inputs = after_prompts(self.model, prompts, prompt_mask, responses, mask)
-        hidden = self.model.base_model(**inputs).last_hidden_state[:, -mask.shape[1] - 1 :]  # (n, 1 + R, H)
+        hidden = self.model.base_model(**inputs).last_hidden_state  # (n, 1 + R, H)
         return self.model.score(hidden)[..., 0].float()
 
 
 def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor, mask: Tensor) -> dict:
-    """Inputs of a causal model, whose last 1 + R outputs are at the prompt's last token and at the response tokens.
+    """Inputs of a causal model, with a cache: its outputs are at the prompt's last token and at every response token.
 
     All prompt tokens but the last are computed here, once: the prompt's n/b responses read their keys and values, and
     gradients flow back through these.
@@ -177,7 +177,7 @@ def after_prompts(model, prompts: Tensor, prompt_mask: Tensor, responses: Tensor
     of_prompts = {name: value[::copies, :prefix] for name, value in inputs.items()}  # (b, P - 1)
     outputs = model.base_model(use_cache=True, **of_prompts)
     cache = outputs.past_key_values
-    if dist.is_initialized():  # FSDP gathers a layer's weights for the backward pass if its output has a gradient
+    if dist.is_initialized():  # FSDP gathers a layer for the backward pass only if its output, too, has a gradient
         cache.layers[-1].keys = cache.layers[-1].keys + 0 * outputs.last_hidden_state[:, :1, :1, None]
     cache.batch_repeat_interleave(copies)
     inputs |= dict(input_ids=tokens[:, prefix:], position_ids=position_ids[:, prefix:])
@@ -225,15 +225,15 @@ class Request:
 class Generator(threading.Thread):
     """Owns the vLLM engine: takes requests from a queue, in order, and fills in their rollouts.
 
-    The engine is a process of its own, so this thread mostly waits and the learner keeps the GIL. Under torchrun one
-    learner of a host (devices.generates) does it for all of that host (devices.ranks; placement colocate: for itself).
+    The engine is a process of its own, so this thread mostly waits and the learner keeps the GIL. Under torchrun the
+    first learner of a host has one for all of them (devices.ranks); with placement colocate each has its own.
     """
 
     def __init__(self, args: Args, devices: "Devices", probe: list[int], eos_id: int, timed: Callable):
         super().__init__(name="generator", daemon=True)
         self.args, self.devices, self.probe, self.eos_id, self.timed = args, devices, probe, eos_id, timed
-        self.start_weights: Weights | None = None  # to be set before start()
-        self.llm = self.version = self.failure = None
+        self.start_weights: Weights | None = None  # to be set before start(); close() works without
+        self.llm = self.version = self.failure = None  # no version: the first request always loads its weights
 
     def submit(self, request: Request) -> Request:
         """Queue a request, the same on every learner. Prompt i is for learner i % world, whose host generates it."""
@@ -244,18 +244,18 @@ class Generator(threading.Thread):
         return request
 
     def receive(self, request: Request, version: int) -> Rollout:
-        """This learner's rows of the rollout. Raises RuntimeError if other weights than this version made it."""
+        """This learner's rows of the rollout. Raises RuntimeError if it is of another version or of wrong weights."""
         ranks = self.devices.ranks
         box = [self.wait(request) if self.devices.generates else None]
         if len(ranks) > 1:
             dist.broadcast_object_list(box, src=ranks[0], group=self.devices.group)  # it fills the list
-        # On a CPU the limit tells neighbouring versions apart (noise: 1e-5); GPUs round float32 to TF32, bfloat16 more.
+        # float32 on a CPU: tells neighbouring versions apart (noise: 1e-5); elsewhere only grossly wrong weights.
         rollout, where = box[0], (self.devices.device.type, self.args.dtype)
         limit = {("cpu", "float32"): 1e-4, ("cuda", "float32"): 0.05}.get(where, 0.5)
         if rollout.version != version or not rollout.probe_error <= limit:  # NaN too
             raise RuntimeError(f"{request.name} should be of version {version}: its label says {rollout.version}, a "
                                f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
-        mine = ranks.index(self.devices.rank)
+        mine = ranks.index(self.devices.rank)  # of a host's prompts every len(ranks)-th: B is a multiple of world
         return take_rows(rollout, [i for i in range(len(rollout.rows)) if i // request.samples % len(ranks) == mine])
 
     def wait(self, request: Request) -> Rollout:
@@ -294,7 +294,8 @@ class Generator(threading.Thread):
         if self.version != weights.version:
             with self.timed("generator", "load weights", version=weights.version):
                 self.send_weights(weights)
-                assert self.llm.reset_prefix_cache(), "vLLM keeps keys and values of older weights"
+                if not self.llm.reset_prefix_cache():
+                    raise RuntimeError("vLLM keeps keys and values of older weights")
             self.version = weights.version
         weights.tensors = None  # the engine has them; later requests with this version need no copy
         shutil.rmtree(weights.folder, ignore_errors=True)
@@ -307,7 +308,7 @@ class Generator(threading.Thread):
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)]
         params += [SamplingParams(seed=seed, **common) for seed in request.seeds]
         with self.timed("generator", "generate", request=request.name, version=self.version):
-            # The engine sees all requests before its first step: batches, and so rounding, never depend on timing.
+            # Pause until the engine has all requests: batches, and so rounding, never depend on timing.
             self.llm.sleep(level=0, mode="keep")
             self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
             self.llm.wake_up(tags=["scheduling"])
@@ -323,7 +324,7 @@ class Generator(threading.Thread):
         return Rollout(self.version, request.rows, request.prompts, responses, logprobs, probe_error, seconds)
 
     def close(self) -> None:
-        """End the thread and the engine, even in the middle of a request."""
+        """End the engine, even in the middle of a request. The thread may wait for it still: it is a daemon."""
         self.devices.requests.put(None)
         for process in multiprocessing.active_children():
             process.kill()
@@ -411,8 +412,8 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
     """The model's outputs for rows (n,), which are all rows of some prompts: (n, R), of a ScoreModel (n, 1 + R)."""
     prompts = rows[:: batch.samples] // batch.samples
     prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]
-    P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # no columns of padding only, but P > 1
-    queries = F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:]
+    P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # cut what is padding in all rows, but P > 1
+    queries = (F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:])
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         outputs = model(*queries, batch.responses[rows, :R], mask[:, :R], args.temperature)
     return F.pad(outputs, (0, mask.shape[1] - R))  # as wide as the batch again
@@ -421,7 +422,7 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
 def all_rows(model: nn.Module, batch: Batch, args: Args, devices: "Devices") -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     rows = micro_batches(batch, torch.arange(len(batch.prompts)), args)
-    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # of the thread that calls it
+    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # no_grad is of one thread, map() of two
     outputs = devices.map(function, rows)
     return torch.cat(list(outputs))[torch.cat(rows).argsort()]
 
@@ -447,7 +448,7 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
 
     def gradients(rows: Tensor, mini_rows: Tensor) -> tuple:
         loss, micro_metrics = loss_fn(model, batch, rows, mini_rows, args)
-        if devices.helper:  # two threads share .grad: the loop below adds to it, always in the same order
+        if devices.helper:  # two threads must not both add to .grad: the loop below does, always in the same order
             return torch.autograd.grad(loss, parameters, materialize_grads=True), micro_metrics
         loss.backward()  # adds to .grad itself, as FSDP needs it
         return (), micro_metrics
@@ -456,9 +457,9 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
         finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * (1 - finished_batches / args.num_batches)
-        rows = micro_batches(batch, mini_batches[u % args.num_mini_batches], args)
+        parts = micro_batches(batch, mini_batches[u % args.num_mini_batches], args)
         # Gradients of micro-batches add up: each loss is divided by the size of the mini-batch.
-        for grads, micro_metrics in devices.map(partial(gradients, mini_rows=torch.cat(rows)), rows):
+        for grads, micro_metrics in devices.map(partial(gradients, mini_rows=torch.cat(parts)), parts):
             for parameter, grad in zip(parameters, grads):
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             for name, values in micro_metrics.items():
@@ -660,35 +661,35 @@ def exit_on_error(flag: str, value: str):
 class Devices:
     """Who runs where. A learner is a process of torchrun; without torchrun there is one.
 
-    Split: half of a host's cores learn, the others generate; of several GPUs the last ones generate; one GPU does both.
+    Split: half of a host's cores learn, the others generate; of several GPUs the last one generates; one GPU does both.
     Colocate: all cores do both, in turn; every learner's GPU is shared with an engine of its own.
     Where cores would be idle while nothing is to be generated, a second thread of the learner uses them.
     """
 
     def __init__(self, args: Args):
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        self.rank, self.world, local_rank, here = (int(os.environ.get(*item)) for item in names.items())
+        self.rank, self.world, local_rank, here = (int(os.environ.get(name, value)) for name, value in names.items())
         split = args.placement == "split"
         first = self.rank - local_rank if split else self.rank
         self.ranks = range(first, first + (here if split else 1))  # learners that share one generator
         self.generates = self.rank == first  # the first of them runs it
         gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
-        generators = int(split and gpus > 1)  # GPUs of this host that do not learn
+        generators = int(split and gpus > 1)  # GPUs of this host kept for the engine
         if gpus and here > gpus - generators:
             stop(f"{here} learners need as many GPUs; of {gpus}, {gpus - generators} can learn with this --placement")
-        self.requests, self.helper = queue.Queue(), None  # what is still to be generated; the second thread
+        self.requests, self.helper = queue.Queue(), None  # the generator's, which map() looks at; the second thread
         env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
         if gpus:
             visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
             own = visible[-1 if generators else local_rank]
             self.transfer = "nccl" if generators else "ipc"  # how weights reach vLLM
             self.device, self.generator_cores = torch.device("cuda", local_rank), cores
-            torch.cuda.set_device(self.device)  # before the variable, which is for the engine
+            torch.cuda.set_device(self.device)  # CUDA starts here, before the variable below, which is for the engine
             torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients under a mask: issue 196678 of pytorch
-            env |= {"CUDA_VISIBLE_DEVICES": own, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # IPC handles travel pickled
+            env |= {"CUDA_VISIBLE_DEVICES": own, "VLLM_ALLOW_INSECURE_SERIALIZATION": str(1 - generators)}  # for IPC
         else:  # two pools of OpenMP threads on the same cores spin against each other: keep them apart
             half = len(cores) // 2 if split or self.world == 1 else 0
-            mine = (cores[:half] or cores)[local_rank::here] or cores[:1]
+            mine = ((cores[:half] or cores)[local_rank::here]) or cores[:1]
             self.transfer, self.device = "file", torch.device("cpu")
             self.generator_cores = cores[half:] if split else cores[local_rank::here] or cores[:1]
 
@@ -731,10 +732,10 @@ def load_tokenizer(args: Args):
     sys.path.append(os.getcwd())  # reward functions may be modules of the working directory
     for name in ("model", "reward", "gold", "value_model"):
         flag, path = name.replace("_", "-"), getattr(args, name, "")
-        if not path:
+        if not path and name in ("gold", "value_model"):
             continue
         with exit_on_error(flag, path):
-            if ":" in path:
+            if ":" in path and name != "model":
                 pkgutil.resolve_name(path)
                 continue
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -847,8 +848,8 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
     if cuda:
         torch.cuda.set_device(devices.device)  # CUDA's current device is each thread's own
     if devices.transfer == "ipc":  # vLLM cannot measure what is free: the learner takes memory of the same GPU
-        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.tensors.values())
-        cache = int(args.gpu_memory_utilization * torch.cuda.mem_get_info()[1]) - size  # [1]: the GPU's memory
+        _, total = torch.cuda.mem_get_info()
+        cache = int(args.gpu_memory_utilization * total) - sum(tensor.nbytes for tensor in weights.tensors.values())
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -861,7 +862,7 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
         distributed_executor_backend=UniProcExecutor,  # no third process: its message queue would spin on a core
         use_tqdm_on_load=False, disable_log_stats=True, skip_tokenizer_init=True, enforce_eager=not cuda,
-        gpu_memory_utilization=args.gpu_memory_utilization, kv_cache_memory_bytes=cache,  # CPU: VLLM_CPU_KVCACHE_SPACE
+        gpu_memory_utilization=args.gpu_memory_utilization, kv_cache_memory_bytes=cache,  # None: vLLM decides
         max_num_seqs=min(most, 1024) if cuda else None,
         weight_transfer_config={"backend": devices.transfer} if cuda else None,
     )  # fmt: skip
@@ -969,7 +970,7 @@ class Run:
         self.log({"track": track, "name": what, "start": start, "seconds": seconds, **details}, "trace.jsonl")
 
     def log_step(self, t: int, rollout: Rollout, scores: Tensor, metrics: dict) -> None:
-        """One line for batch t. Everything but time/... is the same in every run with the same seed."""
+        """One line for batch t. On CPUs everything but time/... is the same in every run with the same seed."""
         args, now, last = self.args, time.perf_counter(), self.last_step
         self.last_step = now
         lengths = torch.tensor([len(response) for response in rollout.responses])
@@ -993,7 +994,7 @@ class Run:
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
         self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
         for query, response in list(zip(rollout.prompts, rollout.responses))[:8]:
-            texts = {"query": tokenizer.decode(query), "response": tokenizer.decode(response)}
+            texts = dict(query=tokenizer.decode(query), response=tokenizer.decode(response))
             self.log({"version": t} | texts, "samples.jsonl")
         self.say(f"Evaluation of version {t}: {', '.join(f'{k} {v:.3f}' for k, v in metrics.items())}")
         self.last_step = None
@@ -1059,7 +1060,7 @@ if __name__ == "__mp_main__":  # this is the process of the engine: it ends with
     os.setsid()  # a Ctrl-C reaches the learner only
 if __name__ == "__main__":
     given = tyro.cli(Args)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the learner that will start vllm: its import takes seconds
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # a learner that starts vllm: its import takes seconds
         threading.Thread(target=__import__, args=("vllm.entrypoints.llm",), daemon=True).start()
     main(given)
     if "RANK" in os.environ:  # threads of torch's process groups now and then abort a normal exit

@@ -275,12 +275,10 @@ def learner_seconds(parts: Parts, rollout) -> None:
 
 
 def repeated_prompts(model, prompts, prompt_mask, responses, mask) -> dict:
-    """In place of after_prompts(): every response has its prompt before it."""
+    """In place of after_prompts(): a prompt is computed for each of its responses."""
     copies = len(responses) // len(prompts)
-    tokens = torch.cat([prompts.repeat_interleave(copies, 0), responses], 1)
-    attention_mask = torch.cat([prompt_mask.repeat_interleave(copies, 0), mask], 1).long()
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return dict(input_ids=tokens, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    prompts, prompt_mask = (tensor.repeat_interleave(copies, 0) for tensor in (prompts, prompt_mask))
+    return dpo.after_prompts(model, prompts, prompt_mask, responses, mask)
 
 
 def prompts() -> None:
