@@ -9,6 +9,7 @@ import pytest
 import torch
 import tyro
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import async_online_dpo
@@ -63,6 +64,9 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(reward="{}/policy"), "--reward {}/policy is a ['LlamaForCausalLM'] with"),
     (DPO, dict(reward="{}/two-labels"), "with 2 labels: a policy must be a language model, a judge a sequence"),
     (DPO, dict(reward="{}/other-words"), "--reward {}/other-words has another vocabulary than the policy"),
+    (DPO, dict(reward=""), "--reward : "),
+    (DPO, dict(model=""), "--model : "),
+    (DPO, dict(model="tests.tiny:reward"), "--model tests.tiny:reward: "),
     (DPO, dict(reward="nowhere:reward"), "--reward nowhere:reward: No module named 'nowhere'"),
     (DPO, dict(reward="tests.tiny:rewrd"), "module 'tests.tiny' has no attribute 'rewrd'"),
     (DPO, dict(gold="tests.tiny:gld"), "--gold tests.tiny:gld: module 'tests.tiny' has no attribute 'gld'"),
@@ -149,6 +153,16 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch, tmp_
 def test_weights_that_are_no_safetensors_get_one_line(task):
     args = DPO.Args(reward=f"{task}/pickled-rm")
     with pytest.raises(SystemExit, match="--reward .*/pickled-rm: .*safetensors"):
+        DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, None)
+
+
+def test_a_reward_model_without_its_head_gets_one_line(task, tmp_path):
+    shutil.copytree(f"{task}/rm", tmp_path / "rm")
+    weights = load_file(tmp_path / "rm/model.safetensors")
+    weights.pop("score.weight")
+    save_file(weights, tmp_path / "rm/model.safetensors", {"format": "pt"})
+    args = DPO.Args(reward=str(tmp_path / "rm"))
+    with pytest.raises(SystemExit, match="--reward .*/rm: it has no .*score.weight"):
         DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, None)
 
 
