@@ -6,6 +6,7 @@
                 reward model of 135 M are random, with the settings of docstrings.sh: every response has 24 tokens
     prompts     the learner with each prompt once against K times, for prompts of 512 and responses of 53 tokens
     busy        the learner with both threads and with one, alone and beside a busy process
+    profile     what a rollout (engine in this process) and label + learn spend in torch's operators, one thread each
     overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
                 control where a generator and a learner do the same work side by side without exchanging anything
     generator   tokens/s of a rollout against plain vllm.LLM.generate of the same prompts and lengths
@@ -326,6 +327,30 @@ def busy() -> None:
     parts.close()
 
 
+def profile() -> None:
+    """RLOO on math-tiny. The rest is Python: vLLM's scheduler and lists of tokens, or the learner's."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    parts = Parts(module=rloo, engine=False)
+    parts.devices.helper, parts.weights = None, parts.snapshot(0)
+    parts.generator.llm, parts.generator.send_weights = rloo.start_engine(parts.args, parts.devices, parts.weights)
+    torch.set_num_threads(1)
+    parts.weights = parts.snapshot(1)
+    rollout = parts.generator.generate(rloo.batch_request(0, parts.weights, parts.data, parts.args), 0.0)
+    note("profile", "tokens of a prompt", [len(prompt) for prompt in rollout.prompts], "tokens")
+    works = {
+        "rollout": lambda: parts.generator.generate(rloo.batch_request(0, parts.weights, parts.data, parts.args), 0.0),
+        "label and learn": lambda: learner_seconds(parts, rollout),
+    }
+    for name, work in works.items():
+        note("profile", f"{name}: seconds", in_turn(PAIRS, work=work)["work"], "s")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            work()
+        times = {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
+        note("profile", f"{name}: in operators", [sum(times.values())], "s")
+        for key in sorted(times, key=times.get, reverse=True)[:4]:
+            note("profile", f"{name}: {key}", [times[key]], "s")
+
+
 def overlap() -> None:
     names = ("ideal / step", "G beside", "L beside", "G alone", "L alone", "G control", "L control")
     found = {name: [] for name in names}
@@ -638,8 +663,8 @@ def trl_part(folder: str, task: str) -> None:
     Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends, clock.ends[1:])]))
 
 
-PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, overlap=overlap, generator=generator)
-PARTS |= dict(learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
+PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, overlap=overlap)
+PARTS |= dict(generator=generator, learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
 INNER = {"control-part": control_part, "trl-part": trl_part}
 
 if __name__ == "__main__":
