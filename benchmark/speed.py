@@ -240,12 +240,15 @@ def before() -> None:
 
 
 def large_task(folder: str) -> dict:
-    """Flags for a random policy and a random reward model of SmolLM2-135M's shape, on the prompts of tldr-tiny."""
+    """Flags for a random policy and a random reward model of SmolLM2-135M's shape, on the prompts of tldr-tiny.
+
+    float32: without AVX-512 an update in bfloat16 takes a minute and more.
+    """
     random_llama(f"{folder}/policy", *SMOLLM2, tokenizer=TLDR["model"])
     model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/policy", num_labels=1, dtype=torch.float32)
     model.save_pretrained(f"{folder}/rm")
     AutoTokenizer.from_pretrained(TLDR["model"]).save_pretrained(f"{folder}/rm")
-    flags = dict(model=f"{folder}/policy", reward=f"{folder}/rm", dtype="bfloat16", learning_rate=2e-5)
+    flags = dict(model=f"{folder}/policy", reward=f"{folder}/rm", dtype="float32", learning_rate=2e-5)
     return TLDR | flags | dict(batch_size=32, total_episodes=7 * 32, prompt_length=100, response_length=24)
 
 
@@ -255,7 +258,7 @@ def before_of(folder: str, large: dict) -> None:
         "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR | dict(total_episodes=ten)),
         "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH | dict(total_episodes=2 * ten)),
         "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR | dict(total_episodes=ten)),
-        "135 M, bfloat16, Online DPO, K = 2": ("async_online_dpo.py", large_now),
+        "135 M, Online DPO, K = 2": ("async_online_dpo.py", large_now),
     }
     tree = f"{folder}/before"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)

@@ -90,7 +90,8 @@ def run_main(engine, module, args, before_load=lambda weights: None, before_labe
     def close_and_wait(generator):
         generator.devices.requests.queue.clear()
         generator.devices.requests.put(None)  # close() would end the engine too, and the next test needs it
-        generator.join(60)
+        if generator.is_alive():  # else the run ended before its start
+            generator.join(60)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "start_engine", lambda *_: (llm, send))
