@@ -816,7 +816,7 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
     if cuda:
         torch.cuda.set_device(devices.device)  # CUDA's current device is each thread's own
     if devices.transfer == "ipc":  # vLLM cannot measure what is free: the learner takes memory of the same GPU
-        _, total = torch.cuda.mem_get_info()
+        total = torch.cuda.get_device_properties(devices.device).total_memory
         cache = int(args.gpu_memory_utilization * total) - sum(tensor.nbytes for tensor in weights.tensors.values())
     from vllm import LLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
