@@ -2,8 +2,8 @@
 
     steps       a step of `colocate` and of `split` over the asynchronous one, and that over its limit by arithmetic;
                 three algorithms on tldr-tiny and math-tiny, one engine for all runs of a placement; 5 pairs
-    before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs. A policy and
-                reward model of 135 M are random, with the settings of docstrings.sh: every response has 24 tokens
+    before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs
+    before-135m the same with a random policy and reward model of 135 M and the settings of docstrings.sh
     prompts     the learner with each prompt once against K times, for prompts of 512 and responses of 53 tokens
     busy        the learner with both threads and with one, alone and beside a busy process
     profile     what a rollout (engine in this process) and label + learn spend in torch's operators, one thread each
@@ -14,7 +14,8 @@
     weights     seconds from "the learner has them" to "the generator has them", by size of the policy
     startup     seconds from the command to the first update
     memory      peak of learner and engine against parameters + gradients + optimizer states + reference
-    peer        TRL's RLOOTrainer on the same model, prompts, completions and cores: of 0.9 M, and of 135 M (random)
+    peer        TRL's RLOOTrainer on the same model, prompts, completions and cores, of 0.9 M
+    peer-135m   the same of 135 M, a random model
 
 Everything compared is measured in one run, in turn, REPEATS times; a value is the median, its spread the range. Task:
 math-tiny. Lines go to benchmark/results/speed.csv as they are measured, with command, commit, versions and machine.
@@ -235,8 +236,18 @@ def steps() -> None:
 
 
 def before() -> None:
+    ten = 10 * 128
+    before_of({
+        "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR | dict(total_episodes=ten)),
+        "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH | dict(total_episodes=2 * ten)),
+        "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR | dict(total_episodes=ten)),
+    })  # fmt: skip
+
+
+def before_large() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        before_of(folder, large_task(folder))
+        task = large_task(folder) | dict(total_episodes=7 * 32)
+        before_of({"135 M, Online DPO, K = 2": ("async_online_dpo.py", task)}, dict(micro_batch_size=32))
 
 
 def large_task(folder: str) -> dict:
@@ -249,26 +260,19 @@ def large_task(folder: str) -> dict:
     model.save_pretrained(f"{folder}/rm")
     AutoTokenizer.from_pretrained(TLDR["model"]).save_pretrained(f"{folder}/rm")
     flags = dict(model=f"{folder}/policy", reward=f"{folder}/rm", dtype="float32", learning_rate=2e-5)
-    return TLDR | flags | dict(batch_size=32, total_episodes=7 * 32, prompt_length=100, response_length=24)
+    return TLDR | flags | dict(batch_size=32, prompt_length=100, response_length=24, micro_batch_size=8)
 
 
-def before_of(folder: str, large: dict) -> None:
-    large_now, ten = large | dict(micro_batch_size=8), 10 * 128
-    settings = {
-        "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR | dict(total_episodes=ten)),
-        "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH | dict(total_episodes=2 * ten)),
-        "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR | dict(total_episodes=ten)),
-        "135 M, Online DPO, K = 2": ("async_online_dpo.py", large_now),
-    }
-    tree = f"{folder}/before"
+def before_of(settings: dict, older: dict | None = None) -> None:
+    """Pairs of a run of the older commit, with its other flags, and one of now."""
+    tree = tempfile.mkdtemp() + "/before"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)
     os.symlink(os.path.abspath("tasks"), f"{tree}/tasks")
     for name, (script, task) in settings.items():
         steps = {tree: [], ".": []}
         for seed in range(1, PAIRS + 1):
             for where, found in steps.items():
-                more = dict(micro_batch_size=32) if where == tree and task is large_now else {}  # as it was then
-                found.append(run(script, where, task, seed=seed, **more)["step"])
+                found.append(run(script, where, task | (older or {} if where == tree else {}), seed=seed)["step"])
         note("before", f"{name}: step before / step now", [a / b for a, b in zip(*steps.values())], "ratio")
         note("before", f"{name}: step now", steps["."], "s")
     subprocess.run(["git", "worktree", "remove", "--force", tree], check=True)
@@ -594,9 +598,12 @@ def memory_of(label: str, **changes) -> None:
 def peer() -> None:
     """Seconds per 1,000 completions once under way, K = 4; on math-tiny the accuracy too."""
     peer_of("0.9 M", MATH | dict(total_episodes=30 * 256))
+
+
+def peer_large() -> None:
     with tempfile.TemporaryDirectory() as folder:
         large = large_task(folder) | dict(reward="benchmark.tasks.tldr_tiny:gold", samples_per_prompt=4)
-        peer_of("135 M", large | dict(micro_batch_size=8, temperature=1.0, total_episodes=8 * 32))
+        peer_of("135 M", large | dict(temperature=1.0, total_episodes=8 * 32))
 
 
 def peer_of(name: str, task: dict) -> None:
@@ -667,6 +674,7 @@ def trl_part(folder: str, task: str) -> None:
 
 
 PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, overlap=overlap)
+PARTS |= {"before-135m": before_large, "peer-135m": peer_large}
 PARTS |= dict(generator=generator, learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
 INNER = {"control-part": control_part, "trl-part": trl_part}
 
