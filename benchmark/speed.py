@@ -5,6 +5,7 @@
     before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs
     before-135m the same with a random policy and reward model of 135 M and the settings of docstrings.sh
     prompts     the learner with each prompt once against K times, for prompts of 512 and responses of 53 tokens
+    prompts-135m the same with 135 M and the lengths of docstrings.sh, with both threads
     busy        the learner with both threads and with one, alone and beside a busy process
     profile     what a rollout (engine in this process) and label + learn spend in torch's operators, one thread each
     overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
@@ -290,25 +291,38 @@ def repeated_prompts(model, prompts, prompt_mask, responses, mask) -> dict:
 
 
 def prompts() -> None:
-    """A random policy of 10 M parameters as policy and reference; both ways with one thread."""
+    """The paper's lengths and a policy of 10 M parameters; with one thread."""
     for samples in (2, 4):
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            random_llama(folder, 320, 7, 960, 2048, positions=1024)
-            shape = dict(samples_per_prompt=samples, batch_size=32, micro_batch_size=16, response_length=53)
-            parts = Parts(module=rloo, engine=False, model=folder, **shape)
-            parts.devices.helper = None
-            rng = np.random.default_rng(0)
-            queries = [query for query in rng.integers(5, 2000, (32 // samples, 512)).tolist() for _ in range(samples)]
-            responses, rows = rng.integers(5, 2000, (32, 53)).tolist(), list(range(32))
-            rollout = rloo.Rollout(0, rows, queries, responses, [[-7.0] * 53] * 32, 0.0, {})
+        prompts_of("10 M", samples, (320, 7, 960, 2048), 512, 53, 1)
 
-            def learn(parts=parts, rollout=rollout) -> None:
-                learner_seconds(parts, rollout)
 
-            patched = mock.patch.object(rloo, "after_prompts", repeated_prompts)
-            found = in_turn(PAIRS, repeated=patched(learn), once=learn)
-            ratios = [a / b for a, b in zip(found["repeated"], found["once"])]
-            note("prompts", f"512 + 53 tokens, 10 M, K = {samples}: prompts K times / once", ratios, "ratio")
+def prompts_large() -> None:
+    """The settings of docstrings.sh: label and learn of 32 completions; with both threads."""
+    prompts_of("135 M", 2, SMOLLM2, 64, 24, 2)
+
+
+def prompts_of(name: str, samples: int, shape: tuple, prompt: int, response: int, threads: int) -> None:
+    """Learner with a random policy, which is the reference too: 32 completions to random prompts."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        random_llama(folder, *shape, positions=1024)
+        size = 16 if threads == 1 else 8
+        flags = dict(samples_per_prompt=samples, batch_size=32, micro_batch_size=size, response_length=response)
+        parts = Parts(module=rloo, engine=False, model=folder, **flags)
+        parts.devices.helper = parts.devices.helper if threads == 2 else None
+        rng = np.random.default_rng(0)
+        queries = [ids for ids in rng.integers(5, 2000, (32 // samples, prompt)).tolist() for _ in range(samples)]
+        responses, rows = rng.integers(5, 2000, (32, response)).tolist(), list(range(32))
+        rollout = rloo.Rollout(0, rows, queries, responses, [[-7.0] * response] * 32, 0.0, {})
+
+        def learn() -> None:
+            learner_seconds(parts, rollout)
+
+        patched = mock.patch.object(rloo, "after_prompts", repeated_prompts)
+        found = in_turn(PAIRS, repeated=patched(learn), once=learn)
+        ratios = [a / b for a, b in zip(found["repeated"], found["once"])]
+        what = f"{prompt} + {response} tokens, {name}, K = {samples}"
+        note("prompts", f"{what}: prompts K times / once", ratios, "ratio")
+        note("prompts", f"{what}: label and learn of 32, prompts once", found["once"], "s")
 
 
 def busy() -> None:
@@ -674,7 +688,7 @@ def trl_part(folder: str, task: str) -> None:
 
 
 PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, overlap=overlap)
-PARTS |= {"before-135m": before_large, "peer-135m": peer_large}
+PARTS |= {"before-135m": before_large, "prompts-135m": prompts_large, "peer-135m": peer_large}
 PARTS |= dict(generator=generator, learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
 INNER = {"control-part": control_part, "trl-part": trl_part}
 
