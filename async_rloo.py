@@ -22,6 +22,7 @@ R response length, V vocabulary, H hidden size; a micro-batch has n rows, of b p
 """
 
 import ctypes
+import fcntl
 import gc
 import json
 import multiprocessing
@@ -33,12 +34,13 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 import types
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -65,6 +67,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.generation import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -74,11 +78,12 @@ class Args:
     model: str = "tasks/tldr-tiny/sft-m"  # policy to start from, and the reference: a folder or Hub id
     reward: str = "tasks/tldr-tiny/rm-m"  # a sequence-classification model, or a Python function as module:function
     gold: str = "benchmark.tasks.tldr_tiny:gold"  # as --reward, but it judges the evaluation only; empty: no judge
-    dataset: str = "tasks/tldr-tiny/data"  # prompts: a folder made by save_to_disk, or a Hub id
+    dataset: str = "tasks/tldr-tiny/data"  # prompts: folder of save_to_disk or of files, .jsonl, .csv, .parquet, Hub id
+    dataset_config: str = ""  # configuration of a data set that has several, such as main
     train_split: str = "train"  # split that prompts are trained on
     eval_split: str = "validation"  # split that prompts are evaluated on
-    query_column: str = "query"  # column with the prompt's text
-    reference_column: str = "reference"  # column with the reference response's text
+    query_column: str = "query"  # column with the prompts: text, or messages for the tokenizer's chat template
+    reference_column: str = "reference"  # column with the reference responses: text, or messages, of which the last
     output_dir: str = ""  # logs, checkpoints, policy; one with a checkpoint is continued; empty: a new one under runs/
     save_every: int = 25  # write a checkpoint every so many batches; 0: never
     seed: int = 1  # of the data order and of the sampling
@@ -95,7 +100,7 @@ class Args:
     prompt_length: int = 128  # longest prompt, in tokens; rows with longer ones are left out
     response_length: int = 32  # longest response, in tokens
     temperature: float = 0.7  # of the sampling; log-probabilities are those of logits / temperature
-    missing_eos_score: float = -1.0  # score of a response that does not end in EOS, in place of the reward's
+    missing_eos_score: float = -1.0  # score of a response that no end token ends, in place of the reward's
     learning_rate: float = 5e-5  # peak learning rate of AdamW, decayed linearly to 0
     lr_schedule: Literal["per_batch", "per_update"] = "per_batch"  # decay once per generated batch or update
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -132,8 +137,7 @@ class Policy(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        with exit_on_error("model", args.model):
-            self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
+        self.model = load_model(AutoModelForCausalLM, "model", args.model)
 
     def forward(self, prompts, prompt_mask, responses, mask, temperature: float) -> Tensor:
         """log pi(token | before) of every response token, under logits / temperature: (n, R), 0 at padding.
@@ -151,10 +155,7 @@ class ScoreModel(nn.Module):
 
     def __init__(self, flag: str, path: str, new_head: bool = False):
         super().__init__()
-        options = dict(num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        with exit_on_error(flag, path):
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
-            assert new_head or not info["missing_keys"], f"it has no {sorted(info['missing_keys'])}"
+        self.model = load_model(AutoModelForSequenceClassification, flag, path, new_head, num_labels=1)
 
     def forward(self, prompts, prompt_mask, responses, mask, temperature: float) -> Tensor:
         """Scores (n, 1 + R), after the prompt and after each response token. Arguments as Policy.forward."""
@@ -202,7 +203,7 @@ class Rollout:
     version: int  # of the weights that made it
     rows: list[int]  # indices into the data set, one per response
     prompts: list[list[int]]  # token ids
-    responses: list[list[int]]  # token ids, EOS included if it was reached
+    responses: list[list[int]]  # token ids, an end token included if it was reached
     logprobs: list[list[float]]  # of the response tokens under the policy that sampled them (the behaviour policy)
     probe_error: float  # largest |generator - learner| log-probability of the probe: were these the right weights?
     seconds: dict[str, float]  # generator_wait: idle before this request; load: the weights; generate
@@ -229,10 +230,11 @@ class Generator(threading.Thread):
     first learner of a host has one for all of them (devices.ranks); with placement colocate each has its own.
     """
 
-    def __init__(self, args: Args, devices: "Devices", probe: list[int], eos_id: int, timed: Callable):
+    def __init__(self, args: Args, devices: "Devices", probe: list[int], end_ids: list[int], timed: Callable):
         super().__init__(name="generator", daemon=True)
-        self.args, self.devices, self.probe, self.eos_id, self.timed = args, devices, probe, eos_id, timed
+        self.args, self.devices, self.probe, self.end_ids, self.timed = args, devices, probe, end_ids, timed
         self.start_weights: Weights | None = None  # to be set before start(); close() works without
+        self.limit = float("inf")  # of the probe's error, see probe_limit(); to be set before receive()
         self.llm = self.version = self.failure = None  # no version: the first request always loads its weights
 
     def submit(self, request: Request) -> Request:
@@ -249,12 +251,11 @@ class Generator(threading.Thread):
         box = [self.wait(request) if self.devices.generates else None]
         if len(ranks) > 1:
             dist.broadcast_object_list(box, src=ranks[0], group=self.devices.group)  # it fills the list
-        # float32 on a CPU: tells neighbouring versions apart (noise: 1e-5); elsewhere only grossly wrong weights.
-        rollout, where = box[0], (self.devices.device.type, self.args.dtype)
-        limit = {("cpu", "float32"): 1e-4, ("cuda", "float32"): 0.05}.get(where, 0.5)
-        if rollout.version != version or not rollout.probe_error <= limit:  # NaN too
-            raise RuntimeError(f"{request.name} should be of version {version}: its label says {rollout.version}, a "
-                               f"log-probability of the probe differs by {rollout.probe_error:.4f} (limit {limit})")
+        rollout, error = box[0], box[0].probe_error
+        if rollout.version != version or not error <= self.limit:  # NaN too
+            why = "vLLM has other weights" if version else "learner and vLLM compute different things for this model"
+            raise RuntimeError(f"{request.name} should be version {version}, its label says {rollout.version}: {why}. "
+                               f"The probe's log-probabilities differ by {error:.5f}; limit: {self.limit:.5f}")
         mine = ranks.index(self.devices.rank)  # of a host's prompts every len(ranks)-th: B is a multiple of world
         return take_rows(rollout, [i for i in range(len(rollout.rows)) if i // request.samples % len(ranks) == mine])
 
@@ -304,7 +305,7 @@ class Generator(threading.Thread):
         # The probe rides along: a fixed sequence whose log-probabilities tell which weights the engine has.
         prompts = [self.probe, *request.prompts]
         common = dict(temperature=request.temperature, max_tokens=self.args.response_length, detokenize=False)
-        common |= dict(stop_token_ids=[self.eos_id], logprobs=0, flat_logprobs=True)  # 0: the sampled token's
+        common |= dict(stop_token_ids=self.end_ids, logprobs=0, flat_logprobs=True)  # 0: the sampled token's
         params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)]
         params += [SamplingParams(seed=seed, **common) for seed in request.seeds]
         with self.timed("generator", "generate", request=request.name, version=self.version):
@@ -346,22 +347,40 @@ def eval_request(t: int, weights: Weights, data: Dataset, args: Args) -> Request
     return Request(f"eval-{t}", weights, rows, data[:]["input_ids"], 1, seeds, args.eval_temperature)
 
 
+def probe_logprobs(policy: Policy, probe: list[int], args: Args, devices: "Devices") -> Tensor:
+    """log pi of every token of the probe but the first, without temperature: (tokens - 1,)."""
+    first, others = pad([probe[:1]], devices.device, "left"), pad([probe[1:]], devices.device)
+    batch = Batch(1, *first, *others)  # a prompt of one token and its response
+    return all_rows(policy, batch, replace(args, temperature=1.0), devices)[0].cpu()
+
+
+def probe_limit(policy: Policy, probe: list[int], args: Args, devices: "Devices") -> float:
+    """How far vLLM and learner may differ on the probe: a multiple of what bfloat16 changes in the learner."""
+    full, rounded = (probe_logprobs(policy, probe, replace(args, dtype=d), devices) for d in ("float32", "bfloat16"))
+    # Of float32 a CPU keeps 16 bits more than bfloat16, and vLLM's attention on a GPU 3 bits more (TF32).
+    limits = {("cpu", "float32"): (1e-4, 2**-8), ("cuda", "float32"): (0.02, 1)}  # the least limit, the multiple
+    least, multiple = limits.get((devices.device.type, args.dtype), (0.1, 8))
+    return max(least, multiple * (full - rounded).abs().max().item())
+
+
 def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices: "Devices", folder: Path) -> Weights:
-    """Copy the weights, in the generator's type; note the log-probabilities that the probe has under them.
+    """Copy the weights, in the generator's type and under the names of the model's files.
 
     A tied output layer is copied as a tensor of its own, as vLLM keeps a packed copy of it on CPUs.
     """
-    first, others = pad([probe[:1]], devices.device, "left"), pad([probe[1:]], devices.device)
-    batch = Batch(1, *first, *others)  # a prompt of one token and its response
-    probe_logprobs = all_rows(policy, batch, replace(args, temperature=1.0), devices)[0].tolist()
+    probe_values = probe_logprobs(policy, probe, args, devices).tolist()
     tensors = {}
     for name, parameter in policy.model.named_parameters(remove_duplicate=False):  # tied ones under both names
         tensor = full_tensor(parameter.detach())
         if devices.generates:  # other learners only help to gather sharded weights
             tensors[name] = tensor.to(getattr(torch, args.dtype), copy=True)
-    weights = Weights(version, folder / f"version-{version:06d}", None, probe_logprobs)
+    tensors = revert_weight_conversion(policy.model, tensors)  # such as experts, which transformers fuses on loading
+    always_tied = policy.model.config.model_type in ("gemma2", "cohere", "cohere2")  # vLLM has no tensor for it
+    if always_tied:
+        tensors.pop("lm_head.weight", None)
+    weights = Weights(version, folder / f"version-{version:06d}", None, probe_values)
     if devices.generates and devices.transfer == "file":
-        replace(policy.model.config, tie_word_embeddings=False).save_pretrained(weights.folder)
+        replace(policy.model.config, tie_word_embeddings=always_tied).save_pretrained(weights.folder)
         save_file({k: tensor.contiguous() for k, tensor in tensors.items()}, weights.folder / "model.safetensors")
     elif devices.generates:
         torch.cuda.synchronize()  # vLLM may read the copies from a stream of its own
@@ -380,14 +399,14 @@ class Batch:
     responses: Tensor  # (N, R) right padding
     mask: Tensor  # (N, R) true at response tokens
     behaviour_logprobs: Tensor | None = None  # (N, R) of the policy mu that sampled, as the generator recorded them
-    scores: Tensor | None = None  # (N,) after the EOS rule
+    scores: Tensor | None = None  # (N,) after the rule of --missing-eos-score
     ref_logprobs: Tensor | None = None  # (N, R) of the reference
 
 
-def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: int, tokenizer, args: Args) -> Tensor:
-    """Scores (N,) of the responses by the reward; a response that does not end in EOS has a fixed score instead."""
+def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: int, end_ids, args: Args) -> Tensor:
+    """Scores (N,) of the responses by the reward; a response that no end token ends has a fixed score instead."""
     scores = reward(rollout.prompts, rollout.responses, columns, samples)
-    ended = torch.tensor([response[-1] == tokenizer.eos_token_id for response in rollout.responses])
+    ended = torch.tensor([response[-1] in end_ids for response in rollout.responses])
     return torch.where(ended, scores, args.missing_eos_score)
 
 
@@ -537,17 +556,14 @@ def leave_one_out_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Te
 
 
 # 6. Evaluation --------------------------------------------------------------------------------------------------------
-def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer, args: Args, devices) -> dict:
+def evaluate(rollout, columns: dict, policy, reference, reward, gold, end_ids: list[int], args: Args, devices) -> dict:
     """Judge responses to held-out prompts. Each metric: docs/async_online_dpo.md."""
-    eos_id = tokenizer.eos_token_id
     args = replace(args, temperature=1.0)  # log-probabilities of the untempered models
-    scores = score_rollout(rollout, columns, reward, 1, tokenizer, args)
-    values = {"score": scores, "ended": torch.tensor([response[-1] == eos_id for response in rollout.responses])}
+    scores = score_rollout(rollout, columns, reward, 1, end_ids, args)
+    values = {"score": scores, "ended": torch.tensor([response[-1] in end_ids for response in rollout.responses])}
     if gold is not None:
-        targets = tokenizer(columns[args.reference_column], add_special_tokens=False).input_ids
-        targets = [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in targets]  # some include EOS
         values["gold_score"] = gold(rollout.prompts, rollout.responses, columns, 1)
-        values["win_rate"] = values["gold_score"] > gold(rollout.prompts, targets, columns, 1)
+        values["win_rate"] = values["gold_score"] > gold(rollout.prompts, columns["reference_ids"], columns, 1)
     batch = make_batch(rollout, scores, 1, reference, args, devices)
     values["kl"] = (all_rows(policy, batch, args, devices) - batch.ref_logprobs).sum(1)
     values |= {"response_length": batch.mask.sum(1), "nll": -batch.ref_logprobs.sum(1)}
@@ -559,25 +575,25 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, tokenizer,
 # 7. The run -----------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     devices, S, K = Devices(args), args.max_staleness, args.samples_per_prompt
-    tokenizer = load_tokenizer(args)
-    train_data = load_prompts(args, args.train_split, tokenizer, fewest=max(2, args.num_prompts))
-    eval_data = load_prompts(args, args.eval_split, tokenizer, fewest=devices.world)
-    eval_data = eval_data.select(range(max(1, min(args.eval_prompts, len(eval_data)) // devices.world) * devices.world))
+    tokenizer, end_ids = load_tokenizer(args)
+    train_data, eval_data = (load_prompts(args, use, tokenizer, end_ids, devices) for use in ("train", "eval"))
     probe = (train_data[0]["input_ids"] + train_data[1]["input_ids"])[: args.prompt_length]  # any fixed text
     run, device = Run(args, devices), devices.device
-    generator = Generator(args, devices, probe, tokenizer.eos_token_id, run.timed)
+    generator = Generator(args, devices, probe, end_ids, run.timed)
     try:
-        run.say(f"Loading the policy, {args.model}")
-        policy = shard(Policy(args), args, device)
+        reward = make_reward("reward", train_data, tokenizer, end_ids, args, devices)
+        gold = make_reward("gold", eval_data, tokenizer, end_ids, args, devices)
+        say(f"Loading the policy, {args.model}")
+        policy = shard(run.try_policy(Policy(args), train_data, tokenizer), args, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
         first, in_flight = run.load_checkpoint(policy, optimizer, train_data)  # without a checkpoint: 0 and none
         weights = snapshot(policy, first, probe, args, devices, run.weights_folder)
-        run.say("Starting vLLM with its weights; meanwhile loading the reference and the reward")
+        say("Starting vLLM with its weights; meanwhile loading the reference")
         if devices.generates:
             generator.start_weights = weights
             generator.start()
+        generator.limit = probe_limit(policy, probe, args, devices)
         reference = shard(Policy(args).requires_grad_(False), args, device)
-        reward, gold = (make_reward(flag, tokenizer, args, devices) for flag in ("reward", "gold"))
 
         for t in range(first, args.num_batches + 1):
             # 1. Submit: S + 1 batches are in flight. Version t makes batch t + S; version 0 makes batches 0 to S.
@@ -591,7 +607,7 @@ def main(args: Args) -> None:
             if evaluate_now:  # 5. Evaluate version t here: step 4 will change the policy.
                 with run.timed("learner", "evaluate", step=t):
                     rollout = generator.receive(evaluation, version=t)
-                    judges = (policy, reference, reward, gold, tokenizer)
+                    judges = (policy, reference, reward, gold, end_ids)
                     metrics = evaluate(rollout, eval_data[rollout.rows], *judges, args, devices)
                 run.log_eval(t, metrics, rollout, tokenizer)
             if t == args.num_batches:
@@ -603,7 +619,7 @@ def main(args: Args) -> None:
 
             # 3. Label it.
             with run.timed("learner", "label", step=t):
-                scores = score_rollout(rollout, train_data[rollout.rows], reward, K, tokenizer, args)
+                scores = score_rollout(rollout, train_data[rollout.rows], reward, K, end_ids, args)
                 batch = make_batch(rollout, scores, K, reference, args, devices)
 
             # 4. Learn from it: version t + 1.
@@ -612,7 +628,7 @@ def main(args: Args) -> None:
             with run.timed("learner", "snapshot", step=t):
                 weights = snapshot(policy, t + 1, probe, args, devices, run.weights_folder)
             run.log_step(t, rollout, scores, metrics)
-        run.save_policy(policy, tokenizer)
+        run.save_policy(policy)
     except BaseException as error:
         error.add_note(run.resume_hint())  # the last line that is printed
         raise
@@ -641,21 +657,32 @@ def check_numbers(args: Args) -> None:
         raise ValueError("--placement colocate generates and learns in turn: it needs --max-staleness 0")
 
 
+def say(text: str) -> None:
+    """Print a line, once for all learners."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def stop(message: str):
     """End the run because of bad input: one line that says what is wrong and how to mend it."""
     raise SystemExit(f"{os.path.basename(__file__)}: {message}")
 
 
 @contextmanager
-def exit_on_error(flag: str, value: str):
+def exit_on_error(flag: str, value: str, more: str = ""):
     """Turn what a library says against the value of a flag into one line."""
     try:
         yield
     except Exception as error:
-        why, path = " ".join(str(error).split()) or repr(error), value.partition(",")[0]
-        if path.startswith("tasks/") and not os.path.exists(path):
-            why = f"run `python -m benchmark.tasks.{path.split('/')[1].replace('-', '_')}` first"
-        stop(f"--{flag} {value}: {why}")
+        why = " ".join(str(error).split())
+        if not isinstance(error, OSError | ValueError | ImportError | AttributeError) or not why:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__}: {why} ({where.filename}:{where.lineno})"
+        if value.startswith("tasks/") and not os.path.exists(value):
+            why = f"run `python -m benchmark.tasks.{value.split('/')[1].replace('-', '_')}` first"
+        elif value.startswith(("/", ".")) and not os.path.exists(value):
+            why = "there is no such file or folder"
+        stop(f"--{flag} {value}{more}: {why}")
 
 
 class Devices:
@@ -727,77 +754,180 @@ class Devices:
                 yield helping.result()
 
 
-def load_tokenizer(args: Args):
-    """The policy's. Refuse, before any model loads, models that do not read its tokens or have the wrong head."""
+def read_model(flag: str, path: str) -> tuple:
+    """The configuration and the tokenizer of a model, without its weights."""
+    with exit_on_error(flag, path):
+        if os.path.exists(f"{path}/adapter_config.json"):
+            raise ValueError("it is an adapter: merge it into its base model, and save that with its tokenizer")
+        if os.path.isdir(path) and not any("token" in name or "vocab" in name for name in os.listdir(path)):
+            raise ValueError("it has no tokenizer: save its own there")
+        return tuple(kind.from_pretrained(path, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer))
+
+
+def load_model(kind, flag: str, path: str, new_head: bool = False, **options) -> nn.Module:
+    """A pretrained model in float32. Refuse one that lacks weights, which would be random, unless for a new head."""
+    with exit_on_error(flag, path):
+        options |= dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        model, info = kind.from_pretrained(path, **options)
+        if info["missing_keys"] and not new_head:
+            raise ValueError(f"it has no {sorted(info['missing_keys'])}")
+        if getattr(model.config, "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # the default leaves the capping out
+    return model
+
+
+def reads_tokens_of(own, tokenizer) -> bool:
+    """Whether a model with the tokenizer `own` reads the other one's token ids. Pad tokens do not matter: masks do."""
+    words = tokenizer.get_vocab()
+    if tokenizer.pad_token != tokenizer.eos_token:
+        words.pop(tokenizer.pad_token, None)
+    return words.items() <= own.get_vocab().items()
+
+
+def load_tokenizer(args: Args) -> tuple:
+    """The policy's tokenizer, and the ids of all tokens that end a response (end_ids), its own EOS first.
+
+    Refuse, before any model loads, models that have the wrong head or do not read its tokens.
+    """
     sys.path.append(os.getcwd())  # reward functions may be modules of the working directory
-    for name in ("model", "reward", "gold", "value_model"):
+    policy_config, tokenizer = read_model("model", args.model)
+    for name in ("model", "reward", "gold" if args.eval_every else "", "value_model"):
         flag, path = name.replace("_", "-"), getattr(args, name, "")
-        if not path and name in ("gold", "value_model"):
+        if name == "value_model" and hasattr(args, name):
+            path = path or args.reward
+        if not path and name not in ("model", "reward"):
             continue
-        with exit_on_error(flag, path):
-            if ":" in path and name != "model":
+        if ":" in path and name != "model":
+            with exit_on_error(flag, path):
                 pkgutil.resolve_name(path)
-                continue
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if name == "model":
-            tokenizer = own
-            if own.eos_token is None:
-                stop(f"the tokenizer of {path} needs an EOS token")
+            continue
+        config, own = read_model(flag, path)
         is_judge = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
         if name != "value_model" and is_judge == (name == "model"):
             stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
                  f"language model, a judge a sequence classifier with one label or a function (module:function)")
-        pads = (own.pad_token, tokenizer.pad_token)
-        words, known = ({k: v for k, v in t.get_vocab().items() if k not in pads} for t in (own, tokenizer))
-        if words != known:
-            stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read")
-    return tokenizer
+        if name == "value_model" and not reads_tokens_of(own, tokenizer):
+            stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read: name another")
+    if hasattr(policy_config, "text_config"):
+        stop(f"--model {args.model} reads more than text: python -m benchmark.text_part {args.model} FOLDER makes one "
+             f"of its text part")
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if not torch.cuda.is_available() and any(getattr(policy_config, name, 0) for name in experts):
+        stop(f"--model {args.model}: on CPUs, vLLM 0.32 cannot replace the weights of a mixture of experts")
+    longest, limit = args.prompt_length + args.response_length + 1, getattr(policy_config, "max_position_embeddings", 0)
+    if 0 < (limit or 0) < longest:
+        stop(f"--model {args.model} reads {limit} tokens; --prompt-length and --response-length need {longest}")
+    sources = [tokenizer, policy_config]
+    with suppress(OSError):  # a folder without this file
+        sources.append(GenerationConfig.from_pretrained(args.model))
+    ids = [i for source in sources for i in np.ravel(source.eos_token_id) if i is not None]  # one, a list or None
+    end_ids = [int(i) for i in dict.fromkeys(ids) if i < policy_config.vocab_size]
+    if not end_ids:
+        stop(f"--model {args.model} needs an EOS token, in its tokenizer or a configuration, to end a response")
+    say(f"A response ends with {' or '.join(f'{tokenizer.decode([i])} ({i})' for i in end_ids)}")
+    return tokenizer, end_ids
 
 
-def load_prompts(args: Args, split: str, tokenizer, fewest: int) -> Dataset:
-    """The split's rows with a column `input_ids` (token ids of the prompt), without the prompts that are too long."""
-    with exit_on_error("dataset", f"{args.dataset}, split {split}"):
-        on_disk = os.path.isfile(os.path.join(args.dataset, "dataset_dict.json"))
-        data = (load_from_disk(args.dataset) if on_disk else load_dataset(args.dataset))[split]
-        ids = tokenizer(list(data[args.query_column])).input_ids
-        if args.gold:  # a wrong column fails now
-            tokenizer(data[:1][args.reference_column])
+def as_text(item: str | list[dict] | None, tokenizer) -> str:
+    """A prompt as text: itself, or its messages in the chat template, up to where the assistant's turn begins."""
+    if not item or isinstance(item, str):
+        return item or ""
+    messages = item[:-1] if item[-1]["role"] == "assistant" else item  # its answer is the reference
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def load_prompts(args: Args, use: Literal["train", "eval"], tokenizer, end_ids, devices: Devices) -> Dataset | None:
+    """The rows to train on with `input_ids`, token ids of the prompt; those to evaluate on with `reference_ids` too."""
+    path, split, evaluates = args.dataset, getattr(args, f"{use}_split"), use == "eval"
+    fewest = devices.world if evaluates else max(2, args.num_prompts)
+    if evaluates and not args.eval_every:
+        return None
+    with exit_on_error("dataset", path, f", split {split}"):
+        if os.path.isfile(path):
+            splits = load_dataset(Path(path).suffix[1:].replace("jsonl", "json"), data_files=path)
+        elif os.path.isfile(f"{path}/dataset_dict.json") or os.path.isfile(f"{path}/state.json"):
+            splits = load_from_disk(path)
+        else:
+            splits = load_dataset(path, args.dataset_config or None)
+        splits = {"train": splits} if isinstance(splits, Dataset) else splits
+        if split not in splits:
+            raise ValueError(f"it has only {', '.join(splits)} (with --eval-every 0 nothing is evaluated)")
+        data = splits[split]
+        texts = [as_text(query, tokenizer) for query in data[args.query_column]]
+        ids, example = tokenizer(texts, add_special_tokens=False).input_ids, texts.index(max(texts, key=len))
+        bos = []  # what the tokenizer puts before a text; a chat template writes its own, and so do some texts
+        if isinstance(data[example][args.query_column], str):
+            whole = tokenizer(texts[example]).input_ids
+            bos = whole[: whole.index(ids[example][0])]
+        ids = [row if row[: len(bos)] == bos else bos + row for row in ids]
+        if evaluates and args.gold:
+            answers = [a[-1]["content"] if isinstance(a, list) else a or "" for a in data[args.reference_column]]
+            references = tokenizer(answers, add_special_tokens=False).input_ids
+            references = [row if row and row[-1] in end_ids else row + end_ids[:1] for row in references]
+            data = data.add_column("reference_ids", references)
+            texts = [text if answer else "" for text, answer in zip(texts, answers)]
         data = data.add_column("input_ids", ids)
-    rows = [i for i, row in enumerate(ids) if 0 < len(row) <= args.prompt_length]
+    rows = [i for i, row in enumerate(ids) if texts[i] and len(row) <= args.prompt_length]
+    empty = f"; {texts.count('')} have no text, such as row {texts.index('')}" if "" in texts else ""
+    say(f"Split {split}: {len(rows)} of {len(ids)} prompts fit --prompt-length {args.prompt_length}{empty}")
     if len(rows) < fewest:
-        stop(f"split {split} of {args.dataset} has {len(rows)} prompts of at most --prompt-length {args.prompt_length} "
+        stop(f"split {split} of {path} has {len(rows)} prompts of at most --prompt-length {args.prompt_length} "
              f"tokens; {fewest} are needed")
+    size, largest = AutoConfig.from_pretrained(args.model).vocab_size, max(max(ids[i]) for i in rows)
+    if largest >= size:
+        stop(f"--model {args.model} has embeddings for {size} tokens; a prompt of {path} has token {largest}, "
+             f"{tokenizer.decode([largest])}: leave it out, or train an embedding for it")
+    if evaluates:  # as many for every learner
+        rows = rows[: max(1, min(args.eval_prompts, len(rows)) // devices.world) * devices.world]
     return data.select(rows)
 
 
-def make_reward(flag: str, tokenizer, args: Args, devices: Devices) -> Callable[..., Tensor] | None:
+def make_reward(flag: str, data: Dataset | None, tokenizer, end_ids, args: Args, devices: Devices) -> Callable | None:
     """A function (queries, responses, columns, samples) -> scores (n,): token ids, the rows' columns, rows per query.
 
-    The flag, reward or gold, names a sequence classifier, or a Python function (prompts, responses, **columns) of
-    lists of text that returns numbers, as module:function. Empty: None. Raises ValueError for scores it cannot use.
+    The flag, reward or gold, names a sequence classifier, or a Python function as module:function, which is called
+    with lists by name: prompts and responses (text), raw_responses (text with special tokens, such as tags),
+    response_ids, queries (as in data), completions (TRL's name for responses), and the columns of data.
+    It is tried on two rows of data; without data there is none.
     """
-    if not (spec := getattr(args, flag)):
+    if not (spec := getattr(args, flag)) or data is None:
         return None
+    function, prompts_of_messages = None, not isinstance(data[0][args.query_column], str)
     if ":" in spec:
         function = pkgutil.resolve_name(spec)
     else:
-        model = shard(ScoreModel(flag, spec).requires_grad_(False), args, devices.device)
+        model, (_, own) = ScoreModel(flag, spec).requires_grad_(False), read_model(flag, spec)
+        reads_tokens = hasattr(model.model, "score") and reads_tokens_of(own, tokenizer)
+        if reads_tokens and not (prompts_of_messages and own.chat_template):
+            shard(model, args, devices.device)
+        else:  # it reads the text, with its own tokenizer and chat template
+            from benchmark.text_judge import TextJudge
+
+            function = TextJudge(shard(model.model, args, devices.device), own, devices.device, args.dtype)
 
     def reward(queries, responses, columns, samples):
-        if ":" in spec:
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            others = {k: v for k, v in columns.items() if k not in (args.query_column, "input_ids")}
-            scores = torch.tensor(function(columns[args.query_column], texts, **others), dtype=torch.float32)
+        if function:
+            bodies = [ids[:-1] if ids[-1] in end_ids else ids for ids in responses]
+            texts, raw = (tokenizer.batch_decode(bodies, skip_special_tokens=skip) for skip in (True, False))
+            asked = columns[args.query_column]
+            given = dict(prompts=[as_text(item, tokenizer) for item in asked], queries=asked, responses=texts)
+            given |= dict(completions=texts, raw_responses=raw, response_ids=responses)
+            scores = function(**columns | given)
+            scores = torch.tensor(scores if hasattr(scores, "__len__") else [], dtype=torch.float32, device="cpu")
         else:
-            prompts = pad(queries[::samples], devices.device, "left")
-            batch = Batch(samples, *prompts, *pad(responses, devices.device))
+            batch = Batch(samples, *pad(queries[::samples], devices.device, "left"), *pad(responses, devices.device))
             scores = all_rows(model, batch, args, devices)  # (n, 1 + R)
             scores = scores.gather(1, batch.mask.sum(1, keepdim=True))[:, 0].cpu()  # after the last token
         if scores.shape != (len(responses),) or not scores.isfinite().all():
-            raise ValueError(f"{spec} must give {len(responses)} finite scores; it gave {scores.numel()}: {scores}")
+            raise ValueError(f"{spec} must give {len(responses)} finite scores; it gave {scores.tolist()}")
         return scores
 
+    with exit_on_error(flag, spec):
+        longest = sorted(range(len(data)), key=[-len(ids) for ids in data["input_ids"]].__getitem__)[:2]
+        queries = data[longest]["input_ids"]
+        trial = [(query * args.response_length)[: args.response_length - 1] + end_ids[:1] for query in queries]
+        reward(queries, trial, data[longest], 1)  # any responses do
     return reward
 
 
@@ -912,7 +1042,7 @@ class Run:
         self.seconds, self.last_step = {}, None  # of the parts of each step; when the last step ended
         self.saved, self.wandb = 0, None  # version of the last checkpoint; the run in Weights & Biases
         name = f"{Path(__file__).stem}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.output_dir or f"runs/{name}")
+        self.folder = Path(args.output_dir or f"runs/{name}-{os.urandom(2).hex()}")
         if self.writes:
             self.claim_folder()
         self.folder = gather(self.folder)[0]  # the first learner's
@@ -920,7 +1050,7 @@ class Run:
         if args.track and self.writes:
             import wandb
 
-            options = dict(id=self.folder.name, resume="allow", config=asdict(args), dir=self.folder)
+            options = dict(id=self.wandb_id, resume="allow", config=asdict(args), dir=self.folder)
             with exit_on_error("track", "(WANDB_MODE=offline needs no network)"):
                 self.wandb = wandb.init(project="async-rlhf", name=self.folder.name, **options)
 
@@ -930,22 +1060,48 @@ class Run:
         if folder.is_file() or (folder / "policy").exists():
             stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
         what = dict(script=Path(__file__).name, learners=devices.world, device=devices.device.type) | asdict(self.args)
-        if path.exists():
-            old = json.loads(path.read_text())["args"]
+        config = {"args": what, "command": shlex.join(["python", *sys.argv]), "wandb_id": os.urandom(4).hex()}
+        if (folder / LOGS[0]).exists() and path.exists():  # it has begun
+            old = json.loads(path.read_text())
+            config["wandb_id"] = old.get("wandb_id", folder.name)
             for name, value in what.items():
-                if name not in MAY_CHANGE and old.get(name) != value:
-                    stop(f"--output-dir {folder} is of a run with {name} {old.get(name)!r}, not {value!r}")
-        elif folder.is_dir() and set(os.listdir(folder)) - {f"{path.name}.part"}:
+                if name not in MAY_CHANGE and old["args"].get(name) != value:
+                    stop(f"--output-dir {folder} is of a run with {name} {old['args'].get(name)!r}, not {value!r}")
+        elif folder.is_dir() and not path.exists() and set(os.listdir(folder)) - {"lock", f"{path.name}.part"}:
             stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / "lock", "w")  # until this process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"--output-dir {folder} is in use by another run: name a new folder")
         versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
-        config = {"args": what, "command": shlex.join(["python", *sys.argv]), "versions": versions}
-        Path(f"{path}.part").write_text(json.dumps(config, indent=2))
+        Path(f"{path}.part").write_text(json.dumps(config | {"versions": versions}, indent=2))
         os.replace(f"{path}.part", path)
+        self.wandb_id = config["wandb_id"]
 
-    def say(self, text: str) -> None:
+    def try_policy(self, policy: Policy, data: Dataset, tokenizer) -> Policy:
+        """Save what the policy's folder needs beside weights, now rather than after the last batch. Refuse a model that
+        computes something else after padding and from a prompt's cache than for a plain row.
+        """
+        model, folder = policy.model, self.folder / "policy.part"
         if self.writes:
-            print(text, flush=True)
+            try:
+                model.generation_config.save_pretrained(folder)
+            except ValueError:  # it contradicts itself
+                model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+            model.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        prompts = [data[0]["input_ids"][:16], data[1]["input_ids"][:5]]  # each is the other's response
+        batch = Batch(1, *pad(prompts, "cpu", "left"), *pad(prompts[::-1], "cpu"))
+        with exit_on_error("model", self.args.model), torch.no_grad():
+            ours = all_rows(policy, batch, replace(self.args, temperature=1.0, dtype="float32"), self.devices)
+            for prompt, response, logprobs in zip(prompts, prompts[::-1], ours):
+                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+                plain = -F.cross_entropy(logits, torch.tensor(response), reduction="none")
+                if not torch.allclose(plain, logprobs[: len(plain)], rtol=0, atol=0.01):
+                    raise ValueError(f"{type(model).__name__} computes something else after padding or from a cache")
+        return policy
 
     def resume_hint(self) -> str:
         command = ("torchrun ... " if "RANK" in os.environ else "python ") + shlex.join(sys.argv)
@@ -988,15 +1144,21 @@ class Run:
             "time/step": now - last if last else None,  # none after an evaluation or a checkpoint
         }
         self.log(record)
+        if t == 0:
+            by_prompt = gather(scores).view(-1, args.samples_per_prompt)
+            if record["response_length"] == args.response_length and (by_prompt == args.missing_eos_score).all():
+                say("Warning: no response of the first batch ended: is --response-length too short?")
+            elif args.samples_per_prompt > 1 and by_prompt.amax(1).equal(by_prompt.amin(1)):
+                say("Warning: in the first batch all scores of a prompt are equal: nothing to learn from them")
         shown = {name: record[name] for name in ("score", "kl", "lag", "time/generator_wait", "time/wait")}
-        self.say(f"batch {t + 1}/{args.num_batches}  " + "  ".join(f"{k} {v:.2f}" for k, v in shown.items()))
+        say(f"batch {t + 1}/{args.num_batches}  " + "  ".join(f"{k} {v:.2f}" for k, v in shown.items()))
 
     def log_eval(self, t: int, metrics: dict, rollout: Rollout, tokenizer) -> None:
         self.log({"version": t, **{f"eval/{name}": value for name, value in metrics.items()}})
         for query, response in list(zip(rollout.prompts, rollout.responses))[:8]:
             texts = dict(query=tokenizer.decode(query), response=tokenizer.decode(response))
             self.log({"version": t} | texts, "samples.jsonl")
-        self.say(f"Evaluation of version {t}: {', '.join(f'{k} {v:.3f}' for k, v in metrics.items())}")
+        say(f"Evaluation of version {t}: {', '.join(f'{k} {v:.3f}' for k, v in metrics.items())}")
         self.last_step = None
 
     def save_checkpoint(self, t: int, model, optimizer, generator: Generator, in_flight: list[Request]) -> None:
@@ -1022,12 +1184,12 @@ class Run:
         path = max((self.folder / "checkpoints").glob("version-*.pt"), default=None)
         state = {"version": 0, "logs": {}, "rollouts": [[]] * self.devices.world}
         if path:
-            with exit_on_error("output-dir", f"{path} is damaged: delete it to go on from the checkpoint before it"):
+            with exit_on_error("output-dir", str(path), " is damaged (delete it to go on from the one before it)"):
                 assert zipfile.ZipFile(path).testzip() is None, "wrong checksum"  # torch.load does not look at them
                 state = torch.load(path, map_location="cpu", weights_only=True)
             states = dict(model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))
-            self.say(f"{self.folder} goes on from version {state['version']} of {self.args.num_batches}")
+            say(f"{self.folder} goes on from version {state['version']} of {self.args.num_batches}")
         for name in LOGS:
             if self.writes:  # what came after the checkpoint is done again
                 (self.folder / name).write_text(state["logs"].get(name, ""))
@@ -1037,22 +1199,22 @@ class Run:
             in_flight[-1].answer.set_result(Rollout(**saved) if saved else None)
         return self.saved, in_flight
 
-    def save_policy(self, policy: Policy, tokenizer) -> None:
-        """Save the trained policy. Only a finished run has the folder."""
+    def save_policy(self, policy: Policy) -> None:
+        """Save the trained policy, beside what try_policy() has saved. Only a finished run has the folder."""
         state, folder = policy.model.state_dict(keep_vars=True), self.folder / "policy"
         copies = {p: full_tensor(p.detach()).cpu() for p in dict.fromkeys(state.values())}  # tied ones once
         if self.writes:
             unfinished = folder.with_suffix(".part")
             policy.model.save_pretrained(unfinished, state_dict={name: copies[p] for name, p in state.items()})
-            tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
         shutil.rmtree(self.weights_folder, ignore_errors=True)
-        self.say(f"Files: {self.folder}; who waited for whom: python -m benchmark.timeline {self.folder}")
+        say(f"Files: {self.folder}; who waited for whom: python -m benchmark.timeline {self.folder}")
         if self.wandb:
             self.wandb.finish()
 
 
-if __name__ == "__mp_main__":  # this is the process of the engine: it ends with its parent, however that ends
+if __name__ == "__mp_main__" and multiprocessing.current_process().name.startswith("EngineCore"):  # vLLM's process
+    # It ends with its parent, however that ends. A reward's own processes come here too, but are not vLLM's.
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != int(os.environ["ENGINE_PARENT"]):  # it ended before prctl took effect
         os._exit(1)
@@ -1062,7 +1224,11 @@ if __name__ == "__main__":
     given = tyro.cli(Args)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # a learner that starts vllm: its import takes seconds
         threading.Thread(target=__import__, args=("vllm.entrypoints.llm",), daemon=True).start()
-    main(given)
+    try:
+        main(given)
+    except SystemExit as error:  # bad input, while that thread may be importing still: it would not end quietly
+        print(error, file=sys.stderr)
+        os._exit(1)
     if "RANK" in os.environ:  # threads of torch's process groups now and then abort a normal exit
         sys.stdout.flush()
         os._exit(0)

@@ -128,14 +128,14 @@ class Parts:
         self.module, self.args, self.seconds = module, module.Args(**MATH | flags), {}
         args, self.folder = self.args, Path(tempfile.mkdtemp(dir="/dev/shm"))
         self.devices = module.Devices(args)
-        self.device, self.tokenizer = self.devices.device, module.load_tokenizer(args)
-        self.data = module.load_prompts(args, "train", self.tokenizer, fewest=2)
+        self.device, (self.tokenizer, self.end_ids) = self.devices.device, module.load_tokenizer(args)
+        self.data = module.load_prompts(args, "train", self.tokenizer, self.end_ids, self.devices)
         self.policy, self.reference = (module.Policy(args).to(self.device) for _ in range(2))
-        self.reward = module.make_reward("reward", self.tokenizer, args, self.devices)
+        self.reward = module.make_reward("reward", self.data, self.tokenizer, self.end_ids, args, self.devices)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
         self.probe = self.data[0]["input_ids"][: args.prompt_length]
         self.weights = self.snapshot(0)
-        generator = (args, self.devices, self.probe, self.tokenizer.eos_token_id, self.timed)
+        generator = (args, self.devices, self.probe, self.end_ids, self.timed)
         self.generator = module.Generator(*generator)
         self.generator.start_weights = self.weights
         if engine:
@@ -156,8 +156,8 @@ class Parts:
         """Scores and batch, as in main()."""
         args = self.args
         samples = args.samples_per_prompt
-        columns, tokenizer = self.data[rollout.rows], self.tokenizer
-        scores = self.module.score_rollout(rollout, columns, self.reward, samples, tokenizer, args)
+        columns = self.data[rollout.rows]
+        scores = self.module.score_rollout(rollout, columns, self.reward, samples, self.end_ids, args)
         if self.module is dpo:
             rollout, scores = dpo.best_and_worst(rollout, scores, samples)
             samples = 2

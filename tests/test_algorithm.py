@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 import async_online_dpo as script
 import async_ppo
@@ -17,7 +16,8 @@ import async_rloo
 from tests import tiny
 
 EOS = 1
-ALONE = types.SimpleNamespace(device=torch.device("cpu"), helper=None, map=map)  # a learner without a generator
+DATA = Dataset.from_dict({"query": ["Q: w1 A:", "Q: w2 w3 A:"], "input_ids": [[3, 6, 4], [3, 7, 8, 4]]})
+ALONE = types.SimpleNamespace(device=torch.device("cpu"), world=1, helper=None, map=map)  # without a generator
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def task(tmp_path_factory):
 
 def make_args(task, **changes):
     defaults = dict(model=f"{task}/policy", reward="tests.tiny:reward", gold="", dataset=f"{task}/data")
-    defaults |= dict(dtype="float32", batch_size=8, total_episodes=64, micro_batch_size=4)
+    defaults |= dict(dtype="float32", batch_size=8, total_episodes=64, micro_batch_size=4, prompt_length=64)
     return script.Args(**defaults | changes)
 
 
@@ -55,9 +55,10 @@ def naive_logprobs(model, query, response, temperature):
 
 
 def batch_of(task, args, rollout):
-    tokenizer, policy = AutoTokenizer.from_pretrained(args.model), script.Policy(args)
-    reward = script.make_reward("reward", tokenizer, args, ALONE)
-    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, 2, tokenizer, args)
+    policy = script.Policy(args)
+    tokenizer, end_ids = script.load_tokenizer(args)
+    reward = script.make_reward("reward", DATA, tokenizer, end_ids, args, ALONE)
+    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, 2, end_ids, args)
     return policy, script.make_batch(rollout, scores, 2, policy, args, ALONE)
 
 
@@ -343,7 +344,7 @@ def test_learners_share_a_rollout_without_rest(monkeypatch, task, world, hosts):
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(False)
         assert devices.generates == (rank % local == 0) and len(devices.ranks) == local
-        generator = script.Generator(args, devices, [3, 4], EOS, None)
+        generator = script.Generator(args, devices, [3, 4], [EOS], None)
         request = script.Request("batch-0", weights, rows, [[data[row]] for row in rows], 2, list(range(16)), 1.0)
         generator.submit(request)
         if devices.generates:
@@ -373,15 +374,16 @@ def test_every_prompt_once_an_epoch(task):
 def test_evaluation_against_loops(task):
     """KL and perplexity of the evaluation: sums over tokens one at a time; win-rate by hand."""
     args = make_args(task, gold="tests.tiny:reward")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer, end_ids = script.load_tokenizer(args)
     policy, reference = script.Policy(args), script.Policy(args)
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
     rollout = make_rollout(k=1)
     columns = {"query": [""] * 8, "reference": [" w7", " w3 w7 w7 w7"] * 4}
-    reward = script.make_reward("reward", tokenizer, args, ALONE)
-    got = script.evaluate(rollout, columns, policy, reference, reward, reward, tokenizer, args, ALONE)
+    columns["reference_ids"] = tokenizer(columns["reference"]).input_ids
+    reward = script.make_reward("reward", DATA, tokenizer, end_ids, args, ALONE)
+    got = script.evaluate(rollout, columns, policy, reference, reward, reward, end_ids, args, ALONE)
     kl = nll = tokens = 0.0
     for query, response in zip(rollout.prompts, rollout.responses):
         ref = sum(naive_logprobs(reference.model, query, response, 1.0))

@@ -17,6 +17,7 @@ import async_ppo
 import async_rloo
 import sync_baseline
 from tests import tiny
+from tests.test_algorithm import DATA
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DPO, RLOO, PPO, SYNC = async_online_dpo, async_rloo, async_ppo, sync_baseline
@@ -63,7 +64,7 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(reward="{}/r"), "--reward {}/r: "),
     (DPO, dict(reward="{}/policy"), "--reward {}/policy is a ['LlamaForCausalLM'] with"),
     (DPO, dict(reward="{}/two-labels"), "with 2 labels: a policy must be a language model, a judge a sequence"),
-    (DPO, dict(reward="{}/other-words"), "--reward {}/other-words has another vocabulary than the policy"),
+    (PPO, dict(value_model="{}/other-words"), "--value-model {}/other-words has another vocabulary than the policy"),
     (DPO, dict(reward=""), "--reward : "),
     (DPO, dict(model=""), "--model : "),
     (DPO, dict(model="tests.tiny:reward"), "--model tests.tiny:reward: "),
@@ -74,7 +75,7 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(train_split="trian"), "--dataset {}/data, split trian: "),
     (DPO, dict(eval_split="test"), "--dataset {}/data, split test: "),
     (DPO, dict(query_column="qury"), "--dataset {}/data, split train: "),
-    (DPO, dict(reference_column="answer"), "--dataset {}/data, split train: "),
+    (DPO, dict(reference_column="answer"), "--dataset {}/data, split validation: "),
     (DPO, dict(dataset="{}/numbers"), "--dataset {}/numbers, split train: "),
     (DPO, dict(dataset="{}/input_ids"), "--dataset {}/input_ids, split train: "),
     (DPO, dict(prompt_length=2), "has 0 prompts of at most --prompt-length 2 tokens; 16 are needed"),
@@ -90,18 +91,17 @@ def task(tmp_path_factory):
     """The tiny task, and beside it things that are wrong."""
     folder = tiny.make(str(tmp_path_factory.mktemp("tiny")))
     os.mkdir(f"{folder}/empty")
-    for name, tokens in {"no-eos": dict(eos_token=None)}.items():
-        shutil.copytree(f"{folder}/policy", f"{folder}/{name}")
-        AutoTokenizer.from_pretrained(f"{folder}/policy", **tokens).save_pretrained(f"{folder}/{name}")
+    shutil.copytree(f"{folder}/policy", f"{folder}/no-eos")
+    AutoTokenizer.from_pretrained(f"{folder}/policy", eos_token=None).save_pretrained(f"{folder}/no-eos")
+    AutoConfig.from_pretrained(f"{folder}/policy", eos_token_id=None).save_pretrained(f"{folder}/no-eos")
+    os.remove(f"{folder}/no-eos/generation_config.json")
     wrong = {"two-labels": dict(num_labels=2), "other-words": {}}
     for name, changes in wrong.items():
         shutil.copytree(f"{folder}/rm", f"{folder}/{name}")
         config = AutoConfig.from_pretrained(f"{folder}/rm")
         config.update(changes)
         config.save_pretrained(f"{folder}/{name}")
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/rm")
-    tokenizer.add_tokens(["more"])
-    tokenizer.save_pretrained(f"{folder}/other-words")
+    tiny.tokenizer(["<eos>", "<pad>", "<unk>", "Q:", "A:"]).save_pretrained(f"{folder}/other-words")
     shutil.copytree(f"{folder}/rm", f"{folder}/pickled-rm")
     os.rename(f"{folder}/pickled-rm/model.safetensors", f"{folder}/pickled-rm/pytorch_model.bin")
     os.mkdir(f"{folder}/remote-code")
@@ -153,7 +153,7 @@ def test_bad_input_gets_one_line(script, flags, message, task, monkeypatch, tmp_
 def test_weights_that_are_no_safetensors_get_one_line(task):
     args = DPO.Args(reward=f"{task}/pickled-rm")
     with pytest.raises(SystemExit, match="--reward .*/pickled-rm: .*safetensors"):
-        DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, None)
+        DPO.make_reward("reward", DATA, tiny.tokenizer(), [1], args, None)
 
 
 def test_a_reward_model_without_its_head_gets_one_line(task, tmp_path):
@@ -163,7 +163,7 @@ def test_a_reward_model_without_its_head_gets_one_line(task, tmp_path):
     save_file(weights, tmp_path / "rm/model.safetensors", {"format": "pt"})
     args = DPO.Args(reward=str(tmp_path / "rm"))
     with pytest.raises(SystemExit, match="--reward .*/rm: it has no .*score.weight"):
-        DPO.make_reward("reward", AutoTokenizer.from_pretrained(f"{task}/policy"), args, None)
+        DPO.make_reward("reward", DATA, tiny.tokenizer(), [1], args, None)
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,8 @@ def small(args):
     return replace(args, **SMALL, batch_size=batch, total_episodes=episodes, save_every=0)
 
 
-JUDGED = [pytest.param(n, marks=pytest.mark.long) if "chatbot" in n else n for n in COMMANDS]
+LONG = ("chatbot.sh", "math.sh-async_online_dpo.py-lag-split")
+JUDGED = [pytest.param(n, marks=pytest.mark.long) if n.startswith(LONG) else n for n in COMMANDS]
 
 
 @pytest.mark.parametrize("name", JUDGED)

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 import async_online_dpo as script
 import async_ppo
-from tests.test_algorithm import ALONE, learner_of, make_args, make_rollout
+from tests import tiny
+from tests.test_algorithm import ALONE, DATA, learner_of, make_args, make_rollout
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, eos_token_id=1)
 GATED = SMALL | dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None)
@@ -49,6 +50,7 @@ def folders(request, tmp_path_factory):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         made.append(str(tmp_path_factory.mktemp("model")))
         model.save_pretrained(made[-1])
+        tiny.tokenizer().save_pretrained(made[-1])
     return made
 
 
@@ -63,7 +65,7 @@ def test_outputs_and_gradients_are_those_of_each_row_by_itself(task, folders, k)
     value_args = async_ppo.Args(model=policy_folder, reward=rm_folder, gold="", dtype="float32")
     value_model = async_ppo.ValueModel(value_args).eval()
     tokenizer = AutoTokenizer.from_pretrained(f"{task}/policy")
-    reward = script.make_reward("reward", tokenizer, args, ALONE)
+    reward = script.make_reward("reward", DATA, tokenizer, [1], args, ALONE)
     batch = script.make_batch(rollout, torch.zeros(8 * k), k, policy, args, ALONE)
     scores = reward(rollout.prompts, rollout.responses, {}, k)
     weights = torch.randn(8 * k, batch.mask.shape[1], generator=torch.Generator().manual_seed(1)) * batch.mask

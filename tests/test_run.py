@@ -4,12 +4,15 @@ import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +43,7 @@ def test_lag_is_exactly_min_t_S(run, staleness, slow):
 
 def test_each_prompt_once_and_each_response_with_its_own(run, task):
     args = script.Args(**flags(task))
-    data = script.load_prompts(args, "train", AutoTokenizer.from_pretrained(args.model), fewest=2)
+    data = script.load_prompts(args, "train", *script.load_tokenizer(args), None)
     _, rollouts = run(max_staleness=2)
     used = []
     for rollout in rollouts:
@@ -125,19 +128,19 @@ def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
     args, affinity, threads = module.Args(**flags(task, **changes)), os.sched_getaffinity(0), torch.get_num_threads()
     devices = module.Devices(args)
     os.sched_setaffinity(0, affinity)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, probe = module.load_prompts(args, "train", tokenizer, fewest=2), [5, 6, 7]
+    tokenizer, end_ids = module.load_tokenizer(args)
+    data, probe = module.load_prompts(args, "train", tokenizer, end_ids, devices), [5, 6, 7]
     policy, reference = module.Policy(args), module.Policy(args)
     model = module.ActorCritic(policy, module.ValueModel(args)) if algo == "ppo" else policy
     loss = {"online_dpo": "dpo_loss", "rloo": "leave_one_out_loss", "ppo": "actor_critic_loss"}[algo]
-    reward = module.make_reward("reward", tokenizer, args, devices)
+    reward = module.make_reward("reward", data, tokenizer, end_ids, args, devices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
-    generator = module.Generator(args, devices, probe, 1, lambda *_, **__: contextlib.nullcontext())
+    generator = module.Generator(args, devices, probe, end_ids, lambda *_, **__: contextlib.nullcontext())
     generator.llm, generator.send_weights = engine
     for t in range(args.num_batches):
         weights = module.snapshot(policy, t, probe, args, devices, tmp_path / "plain")
         rollout = generator.generate(module.batch_request(t, weights, data, args), 0.0)
-        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, tokenizer, args), 2
+        scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, end_ids, args), 2
         if algo == "online_dpo":
             rollout, scores = module.best_and_worst(rollout, scores, 2)
         batch = module.make_batch(rollout, scores, samples, reference, args, devices)
@@ -177,7 +180,7 @@ def test_old_weights_are_noticed(run, monkeypatch, tmp_path):
 
     kept = str(tmp_path / "version-1.safetensors")
     monkeypatch.setattr(script, "snapshot", stale)
-    with pytest.raises(RuntimeError, match="batch-3 should be of version 2: its label says 2, a log-probability"):
+    with pytest.raises(RuntimeError, match="be version 2, its label says 2: vLLM has other weights. The probe"):
         run()
 
 
@@ -254,7 +257,7 @@ def finished(task, tmp_path_factory):
 
 def test_smoke_run_as_a_user_starts_it(finished):
     folder, output = finished
-    assert output.startswith("Loading torch, transformers and datasets\nLoading the policy")
+    assert output.startswith("Loading torch, transformers and datasets\nA response ends with <eos> (1)\nSplit train: ")
     for text in ("Starting vLLM", "benchmark.timeline", "Evaluation of version 0: ", "win_rate", folder):
         assert text in output
     assert not [chatter for chatter in CHATTER if chatter in output]
@@ -296,18 +299,32 @@ def test_every_metric_has_its_line_on_the_page(run, algo):
 
 
 @pytest.mark.long
-def test_the_trained_policy_opens_in_transformers_and_vllm(finished, engine):
+def test_the_trained_policy_opens_in_transformers_and_a_vllm_server(finished):
+    """The command of the README for the CPU build, asked by the client of openai."""
     folder = os.path.join(finished[0], "policy")
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer("Q: w1 A:").input_ids == [3, 6, 4] and policy.config.tie_word_embeddings
-    code = (
-        "import sys; from vllm import LLM, SamplingParams; llm = LLM(sys.argv[1], dtype='float32', enforce_eager=True);"
-        "print('GOT', llm.generate('Q: w1 A:', SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].token_ids)"
-    )
-    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=env, timeout=200)
-    want = policy.generate(torch.tensor([[3, 6, 4]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
-    assert f"GOT {want}" in done.stdout, done.stdout + done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager"]
+    env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    server = subprocess.Popen(command, env=env, start_new_session=True, **output)
+    client, deadline = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none"), time.monotonic() + 200
+    try:
+        while True:
+            try:
+                got = client.completions.create(model=folder, prompt="Q: w1 A:", max_tokens=4, temperature=0)
+                break
+            except openai.APIConnectionError:
+                assert server.poll() is None and time.monotonic() < deadline, server.communicate(timeout=5)[0][-3000:]
+                time.sleep(1)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+    want = policy.generate(torch.tensor([[3, 6, 4]]), max_new_tokens=4, do_sample=False)[0, 3:]
+    assert got.choices[0].text.split() == tokenizer.decode(want, skip_special_tokens=True).split()
 
 
 @pytest.mark.long
@@ -325,7 +342,7 @@ def test_prompts_that_vllm_reads_once_give_the_same_responses(task, tmp_path, mo
         with real_engine(args, str(tmp_path / f"weights-{caching}")) as (llm, send_weights):
             devices = script.Devices(args)
             os.sched_setaffinity(0, affinity)
-            generator = script.Generator(args, devices, [5, 6, 7], 1, lambda *_, **__: contextlib.nullcontext())
+            generator = script.Generator(args, devices, [5, 6, 7], [1], lambda *_, **__: contextlib.nullcontext())
             wait = llm.wait_for_completion
 
             def counted(wait=wait, caching=caching, **options):

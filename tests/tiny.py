@@ -25,7 +25,7 @@ def broken_reward(prompts: list[str], responses: list[str], **columns) -> list[f
 
 
 def nan_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
-    return [float("nan")] * len(responses)
+    return [float("nan") if len(responses) > 2 else 0.0 for _ in responses]  # right when it is tried on two rows
 
 
 def huge_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
@@ -41,24 +41,27 @@ calls = 0
 
 
 def fragile_reward(prompts: list[str], responses: list[str], **columns) -> list[float]:
-    """reward, but where $BREAK_RANK names this learner its third call fails, before torchrun has restarted it."""
+    """reward, but where $BREAK_RANK names this learner its call for batch 2 fails, before torchrun has restarted it."""
     global calls
     calls += 1
     mine = os.environ.get("BREAK_RANK") == os.environ.get("RANK", "none")
-    if mine and calls == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if mine and calls == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise ValueError(f"broken on rank {os.environ['RANK']}")
     return reward(prompts, responses)
 
 
-def make(folder: str) -> str:
-    """Write policy/, rm/ and data/ under folder; same bytes every time."""
-    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", "Q:", "A:", *WORDS])}
+def tokenizer(first=("<pad>", "<eos>", "<unk>", "Q:", "A:")) -> PreTrainedTokenizerFast:
+    vocab = {w: i for i, w in enumerate([*first, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **special)
+
+
+def make(folder: str) -> str:
+    """Write policy/, rm/ and data/ under folder; same bytes every time."""
     shape = dict(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer()),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -74,7 +77,7 @@ def make(folder: str) -> str:
     torch.manual_seed(0)
     for name, model in (("policy", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
         model(LlamaConfig(**shape, num_labels=1)).save_pretrained(os.path.join(folder, name))
-        tokenizer.save_pretrained(os.path.join(folder, name))
+        tokenizer().save_pretrained(os.path.join(folder, name))
     generator = torch.Generator().manual_seed(0)
 
     def text(low: int, high: int) -> str:

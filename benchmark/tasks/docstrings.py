@@ -145,6 +145,22 @@ def docstring_pairs():
     return pairs
 
 
+def prompts_and_references(tokenizer, seed: int) -> list[dict]:
+    """Shuffled rows: description, summary, package, and rarity, by which gold judges (JSON: stem -> log 1/share)."""
+    pairs = docstring_pairs()
+    random.Random(seed).shuffle(pairs)
+    rows = [
+        {"description": description, "summary": summary, "package": package}
+        for package, description, summary in pairs
+        if len(tokenizer(description).input_ids) <= 90 and len(tokenizer(summary).input_ids) <= 22
+    ]
+    content = [set(stems(row["description"])) for row in rows]
+    seen = Counter(stem for words in content for stem in words)
+    for row, words in zip(rows, content):
+        row["rarity"] = json.dumps({word: round(math.log(len(rows) / seen[word]), 2) for word in sorted(words)})
+    return rows
+
+
 def gguf_file() -> Path:
     """Where pip put the model; the package is not imported."""
     try:
@@ -214,18 +230,10 @@ def main(args: Args):
         return
 
     def data(folder):
-        tokenizer = load_tokenizer()
-        pairs = docstring_pairs()
-        random.Random(args.seed).shuffle(pairs)
         rows = [
-            {"query": f"{description}\n\nTL;DR:", "reference": f" {summary}", "package": package}
-            for package, description, summary in pairs
-            if len(tokenizer(description).input_ids) <= 90 and len(tokenizer(summary).input_ids) <= 22
+            {"query": f"{row.pop('description')}\n\nTL;DR:", "reference": f" {row.pop('summary')}"} | row
+            for row in prompts_and_references(load_tokenizer(), args.seed)
         ]
-        content = [set(stems(row["query"].removesuffix("TL;DR:"))) for row in rows]
-        seen = Counter(stem for words in content for stem in words)
-        for row, words in zip(rows, content):
-            row["rarity"] = json.dumps({word: round(math.log(len(rows) / seen[word]), 2) for word in sorted(words)})
         n = args.validation
         splits = {"validation": rows[:n], "test": rows[n : 2 * n], "train": rows[2 * n :][: args.train]}
         DatasetDict({name: Dataset.from_list(split) for name, split in splits.items()}).save_to_disk(folder)
