@@ -126,33 +126,35 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: dict[str, dict]) -> None:
+    """Results and page, in the order of ARCHITECTURES."""
+    rows = [rows[name] for name in ARCHITECTURES if name in rows]
+    with open(RESULTS, "w") as f:
+        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    before, rest = PAGE.read_text().split("<!-- models -->")
+    PAGE.write_text(f"{before}<!-- models -->\n{table(rows)}\n<!-- end -->{rest.split('<!-- end -->')[1]}")
+
+
 def main(names: list[str]) -> None:
     rows = {}
     if RESULTS.exists():
         with open(RESULTS) as f:
             rows = {row["architecture"]: row for row in csv.DictReader(f)}
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        write_data(folder)
+        write_data(Path(folder))
         for name in names or ARCHITECTURES:
-            model = write_model(name, folder)
-            row = {"architecture": name, "float32": "", "bfloat16": "", "line": ""}
+            model = write_model(name, Path(folder))
+            rows[name] = {"architecture": name, "float32": "", "bfloat16": "", "line": ""}
             for dtype in ("float32", "bfloat16"):
-                error, line = train(model, folder, dtype)
-                row[dtype] = "" if error is None else f"{error:.3g}"
-                row["line"] = row["line"] or line
+                error, line = train(model, Path(folder), dtype)
+                rows[name][dtype] = "" if error is None else f"{error:.3g}"
+                rows[name]["line"] = rows[name]["line"] or line
                 if error is None:
                     break
-            rows[name] = row
-            print(row, flush=True)
-            with open(RESULTS, "w") as f:
-                writer = csv.DictWriter(f, list(row))
-                writer.writeheader()
-                writer.writerows(rows[name] for name in ARCHITECTURES if name in rows)
-    page = PAGE.read_text()
-    before, rest = page.split("<!-- models -->")
-    made = table([rows[name] for name in ARCHITECTURES if name in rows])
-    PAGE.write_text(f"{before}<!-- models -->\n{made}\n<!-- end -->{rest.split('<!-- end -->')[1]}")
+            print(rows[name], flush=True)
+            write(rows)
 
 
 if __name__ == "__main__":

@@ -562,7 +562,7 @@ def weights() -> None:
 
 
 def startup() -> None:
-    found = []
+    found, written, engine, imports = [], [], [], []
     for seed in range(1, REPEATS + 1):
         with tempfile.TemporaryDirectory() as folder:
             flags = MATH | dict(total_episodes=256, seed=seed, output_dir=f"{folder}/run")
@@ -570,7 +570,16 @@ def startup() -> None:
             start = time.time()
             subprocess.run([sys.executable, "async_online_dpo.py", *options], capture_output=True, check=True)
             found.append(Path(folder, "run", "metrics.jsonl").stat().st_mtime - start)
+            written.append(Path(folder, "run", "config.json").stat().st_mtime - start)
+            trace = timeline.lines(f"{folder}/run", "trace.jsonl")
+            engine.append(next(r["seconds"] for r in trace if (r["track"], r["name"]) == ("generator", "start")))
+            start = time.time()
+            subprocess.run([sys.executable, "-c", "import vllm.v1.engine.core, vllm.v1.worker.cpu_worker"], check=True)
+            imports.append(time.time() - start)
     note("startup", "from the command to the end of the first update", found, "s")
+    note("startup", "of it: until the output folder is written (torch, transformers, data)", written, "s")
+    note("startup", "of it: the engine's process, from its start to ready", engine, "s")
+    note("startup", "in the engine's process, by itself: importing vLLM's engine and worker", imports, "s")
 
 
 def memory() -> None:
