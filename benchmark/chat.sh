@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A chat model from messages, with its chat template: SmolLM2-135M-Instruct and a Python function as reward. On 2 cores
-# about 2 minutes to prepare and 10 to train. Flags are passed on.
+# preparation and two updates took 3 minutes (--total-episodes 64 --eval-every 0); the whole was not timed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -e tasks/chat/info.json ] || .venv/bin/python -m benchmark.tasks.chat
