@@ -98,7 +98,8 @@ def test_prompts_have_one_bos_and_no_eos(task, policy):
     appends = policy("appends", around="$A <eos>")
     assert read(arguments(task, model=appends))["input_ids"] == plain
     assert read(arguments(task, model=bos))["input_ids"] == [[BOS, *row] for row in plain]
-    both = rows.map(lambda row: {"query": "<unk> " + row["query"]})
+    longest = max(rows["query"], key=len)
+    both = rows.map(lambda row: {"query": "<unk> " * (row["query"] != longest) + row["query"]})  # most have it already
     both.save_to_disk(f"{bos}/data")
     assert read(arguments(task, model=bos, dataset=f"{bos}/data"))["input_ids"] == [[BOS, *row] for row in plain]
 
