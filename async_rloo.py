@@ -855,7 +855,8 @@ def load_prompts(args: Args, use: Literal["train", "eval"], tokenizer, end_ids, 
             raise ValueError(f"it has only {', '.join(splits)} (with --eval-every 0 nothing is evaluated)")
         data = splits[split]
         texts = [as_text(query, tokenizer) for query in data[args.query_column]]
-        ids, example = tokenizer(texts, add_special_tokens=False).input_ids, texts.index(max(texts, key=len))
+        ids, own = tokenizer(texts, add_special_tokens=False).input_ids, tokenizer.bos_token or "no BOS"
+        example = texts.index(max(texts, key=lambda text: (not text.startswith(own), len(text))))
         bos = []  # what the tokenizer puts before a text; a chat template writes its own, and so do some texts
         if isinstance(data[example][args.query_column], str):
             whole = tokenizer(texts[example]).input_ids
