@@ -34,7 +34,6 @@ import shutil
 import sys
 import threading
 import time
-import traceback
 import types
 import zipfile
 from collections import defaultdict, deque
@@ -52,7 +51,7 @@ if __name__ == "__main__":  # before the imports that read these variables; thos
     print("Loading torch, transformers and datasets", flush=True)
     quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
     quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
-    quiet |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    quiet |= dict(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_VERBOSITY="error")
     os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
 
 import numpy as np
@@ -70,6 +69,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.generation import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+try:
+    from benchmark import checks  # of the input: bad input gets one line, before it costs time
+except ImportError:  # a script that was copied alone runs without them
+    checks = None
 
 
 # 1. Arguments ---------------------------------------------------------------------------------------------------------
@@ -126,7 +130,8 @@ class Args:
     num_prompts: int = field(init=False, default=0)  # B: prompts per generated batch
 
     def __post_init__(self):
-        check_numbers(self)
+        if checks:
+            checks.numbers(self)
         self.num_batches = self.total_episodes // (self.batch_size * self.num_mini_batches)
         self.num_prompts = self.batch_size * self.num_mini_batches // self.samples_per_prompt
 
@@ -347,16 +352,17 @@ def eval_request(t: int, weights: Weights, data: Dataset, args: Args) -> Request
     return Request(f"eval-{t}", weights, rows, data[:]["input_ids"], 1, seeds, args.eval_temperature)
 
 
-def probe_logprobs(policy: Policy, probe: list[int], args: Args, devices: "Devices") -> Tensor:
-    """log pi of every token of the probe but the first, without temperature: (tokens - 1,)."""
-    first, others = pad([probe[:1]], devices.device, "left"), pad([probe[1:]], devices.device)
-    batch = Batch(1, *first, *others)  # a prompt of one token and its response
-    return all_rows(policy, batch, replace(args, temperature=1.0), devices)[0].cpu()
+def plain_logprobs(policy: Policy, prompts: list[list[int]], responses: list[list[int]], args, devices) -> Tensor:
+    """log pi of the response tokens, without temperature: (n, R). Prompts and responses are token ids."""
+    device = next(policy.parameters()).device
+    batch = Batch(1, *pad(prompts, device, "left"), *pad(responses, device))
+    return all_rows(policy, batch, replace(args, temperature=1.0), devices).cpu()
 
 
 def probe_limit(policy: Policy, probe: list[int], args: Args, devices: "Devices") -> float:
     """How far vLLM and learner may differ on the probe: a multiple of what bfloat16 changes in the learner."""
-    full, rounded = (probe_logprobs(policy, probe, replace(args, dtype=d), devices) for d in ("float32", "bfloat16"))
+    tokens, types = ([probe[:1]], [probe[1:]]), ("float32", "bfloat16")
+    full, rounded = (plain_logprobs(policy, *tokens, replace(args, dtype=dtype), devices) for dtype in types)
     # Of float32 a CPU keeps 16 bits more than bfloat16, and vLLM's attention on a GPU 3 bits more (TF32).
     limits = {("cpu", "float32"): (1e-4, 2**-8), ("cuda", "float32"): (0.02, 1)}  # the least limit, the multiple
     least, multiple = limits.get((devices.device.type, args.dtype), (0.1, 8))
@@ -368,7 +374,7 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
 
     A tied output layer is copied as a tensor of its own, as vLLM keeps a packed copy of it on CPUs.
     """
-    probe_values = probe_logprobs(policy, probe, args, devices).tolist()
+    probe_logprobs = plain_logprobs(policy, [probe[:1]], [probe[1:]], args, devices)[0].tolist()
     tensors = {}
     for name, parameter in policy.model.named_parameters(remove_duplicate=False):  # tied ones under both names
         tensor = full_tensor(parameter.detach())
@@ -378,7 +384,7 @@ def snapshot(policy: Policy, version: int, probe: list[int], args: Args, devices
     always_tied = policy.model.config.model_type in ("gemma2", "cohere", "cohere2")  # vLLM has no tensor for it
     if always_tied:
         tensors.pop("lm_head.weight", None)
-    weights = Weights(version, folder / f"version-{version:06d}", None, probe_values)
+    weights = Weights(version, folder / f"version-{version:06d}", None, probe_logprobs)
     if devices.generates and devices.transfer == "file":
         replace(policy.model.config, tie_word_embeddings=always_tied).save_pretrained(weights.folder)
         save_file({k: tensor.contiguous() for k, tensor in tensors.items()}, weights.folder / "model.safetensors")
@@ -509,7 +515,8 @@ class ValueModel(ScoreModel):
         path = args.value_model or (args.model if ":" in args.reward else args.reward)
         super().__init__("value-model", path, new_head=True)
         if not hasattr(self.model, "score"):
-            stop(f"--value-model {path} is an encoder, which sees the tokens that come after: name a causal model")
+            with exit_on_error("value-model", path):
+                raise ValueError("it is an encoder, which sees the tokens that come after: name a causal model")
 
     def forward(self, prompts, prompt_mask, responses, mask, temperature: float) -> Tensor:
         """Values (n, R) of the state before each response token: the prompt and the tokens before it. 0 at padding."""
@@ -638,7 +645,7 @@ def main(args: Args) -> None:
         reward = make_reward("reward", train_data, tokenizer, end_ids, args, devices)
         gold = make_reward("gold", eval_data, tokenizer, end_ids, args, devices)
         say(f"Loading the policy, {args.model}")
-        policy = shard(run.try_policy(Policy(args), train_data, tokenizer), args, device)
+        policy = shard(run.try_policy(Policy(args), train_data, tokenizer, end_ids), args, device)
         model = ActorCritic(policy, shard(ValueModel(args), args, device))
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=0.0)
         first, in_flight = run.load_checkpoint(model, optimizer, train_data)  # without a checkpoint: 0 and none
@@ -693,52 +700,20 @@ def main(args: Args) -> None:
 
 
 # Plumbing: the same in every script, and not needed to understand the algorithm =======================================
-MAY_BE_ZERO = ("seed", "max_staleness", "eval_every", "save_every", "kl_coef", "value_coef", "gamma", "gae_lambda")
-UNCHECKED = ("missing_eos_score", "baseline_shift", "num_batches", "num_prompts")
-
-
-def check_numbers(args: Args) -> None:
-    """Refuse numbers that no run can have; tyro shows a ValueError as it shows a wrong flag."""
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in UNCHECKED:
-            bound = "0 or more" if name in MAY_BE_ZERO else "above 0"
-            if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):  # NaN is neither: refused
-                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}")
-    unit = args.samples_per_prompt * int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % unit:
-        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {unit}, learners x samples per prompt")
-    if args.total_episodes < (generated := args.batch_size * args.num_mini_batches):
-        raise ValueError(f"--total-episodes {args.total_episodes} is less than the {generated} of one generated batch")
-    if args.placement == "colocate" and args.max_staleness:
-        raise ValueError("--placement colocate generates and learns in turn: it needs --max-staleness 0")
-
-
 def say(text: str) -> None:
     """Print a line, once for all learners."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
-def stop(message: str):
-    """End the run because of bad input: one line that says what is wrong and how to mend it."""
-    raise SystemExit(f"{os.path.basename(__file__)}: {message}")
-
-
 @contextmanager
 def exit_on_error(flag: str, value: str, more: str = ""):
-    """Turn what a library says against the value of a flag into one line."""
+    """Bad input: turn an error about the value of a flag into one line, which says how to mend it, and exit."""
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split())
-        if not isinstance(error, OSError | ValueError | ImportError | AttributeError) or not why:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{type(error).__name__}: {why} ({where.filename}:{where.lineno})"
-        if value.startswith("tasks/") and not os.path.exists(value):
-            why = f"run `python -m benchmark.tasks.{value.split('/')[1].replace('-', '_')}` first"
-        elif value.startswith(("/", ".")) and not os.path.exists(value):
-            why = "there is no such file or folder"
-        stop(f"--{flag} {value}{more}: {why}")
+        why = checks.reason(error, value) if checks else repr(error)
+        raise SystemExit(f"{os.path.basename(__file__)}: --{flag} {value}{more}: {why}") from None
 
 
 class Devices:
@@ -758,8 +733,6 @@ class Devices:
         self.generates = self.rank == first  # the first of them runs it
         gpus, cores = torch.cuda.device_count(), sorted(os.sched_getaffinity(0))
         generators = int(split and gpus > 1)  # GPUs of this host kept for the engine
-        if gpus and here > gpus - generators:
-            stop(f"{here} learners need as many GPUs; of {gpus}, {gpus - generators} can learn with this --placement")
         self.requests, self.helper = queue.Queue(), None  # the generator's, which map() looks at; the second thread
         env = {"VLLM_HOST_IP": "127.0.0.1"}  # its sockets stay on this host
         if gpus:
@@ -810,16 +783,6 @@ class Devices:
                 yield helping.result()
 
 
-def read_model(flag: str, path: str) -> tuple:
-    """The configuration and the tokenizer of a model, without its weights."""
-    with exit_on_error(flag, path):
-        if os.path.exists(f"{path}/adapter_config.json"):
-            raise ValueError("it is an adapter: merge it into its base model, and save that with its tokenizer")
-        if os.path.isdir(path) and not any("token" in name or "vocab" in name for name in os.listdir(path)):
-            raise ValueError("it has no tokenizer: save its own there")
-        return tuple(kind.from_pretrained(path, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer))
-
-
 def load_model(kind, flag: str, path: str, new_head: bool = False, **options) -> nn.Module:
     """A pretrained model in float32. Refuse one that lacks weights, which would be random, unless for a new head."""
     with exit_on_error(flag, path):
@@ -834,52 +797,24 @@ def load_model(kind, flag: str, path: str, new_head: bool = False, **options) ->
 
 def reads_tokens_of(own, tokenizer) -> bool:
     """Whether a model with the tokenizer `own` reads the other one's token ids. Pad tokens do not matter: masks do."""
-    words = tokenizer.get_vocab()
-    if tokenizer.pad_token != tokenizer.eos_token:
-        words.pop(tokenizer.pad_token, None)
-    return words.items() <= own.get_vocab().items()
+    pad = tokenizer.pad_token if tokenizer.pad_token != tokenizer.eos_token else None
+    return {word: i for word, i in tokenizer.get_vocab().items() if word != pad}.items() <= own.get_vocab().items()
 
 
 def load_tokenizer(args: Args) -> tuple:
-    """The policy's tokenizer, and the ids of all tokens that end a response (end_ids), its own EOS first.
-
-    Refuse, before any model loads, models that have the wrong head or do not read its tokens.
-    """
+    """The policy's tokenizer, and the ids of all tokens that end a response (end_ids), its own EOS first."""
     sys.path.append(os.getcwd())  # reward functions may be modules of the working directory
-    policy_config, tokenizer = read_model("model", args.model)
-    for name in ("model", "reward", "gold" if args.eval_every else "", "value_model"):
-        flag, path = name.replace("_", "-"), getattr(args, name, "")
-        if name == "value_model" and hasattr(args, name):
-            path = path or args.reward
-        if not path and name not in ("model", "reward"):
-            continue
-        if ":" in path and name != "model":
-            with exit_on_error(flag, path):
-                pkgutil.resolve_name(path)
-            continue
-        config, own = read_model(flag, path)
-        is_judge = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
-        if name != "value_model" and is_judge == (name == "model"):
-            stop(f"--{flag} {path} is a {config.architectures} with {config.num_labels} labels: a policy must be a "
-                 f"language model, a judge a sequence classifier with one label or a function (module:function)")
-        if name == "value_model" and not reads_tokens_of(own, tokenizer):
-            stop(f"--{flag} {path} has another vocabulary than the policy, whose tokens it must read: name another")
-    if hasattr(policy_config, "text_config"):
-        stop(f"--model {args.model} reads more than text: python -m benchmark.text_part {args.model} FOLDER makes one "
-             f"of its text part")
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if not torch.cuda.is_available() and any(getattr(policy_config, name, 0) for name in experts):
-        stop(f"--model {args.model}: on CPUs, vLLM 0.32 cannot replace the weights of a mixture of experts")
-    longest, limit = args.prompt_length + args.response_length + 1, getattr(policy_config, "max_position_embeddings", 0)
-    if 0 < (limit or 0) < longest:
-        stop(f"--model {args.model} reads {limit} tokens; --prompt-length and --response-length need {longest}")
-    sources = [tokenizer, policy_config]
-    with suppress(OSError):  # a folder without this file
-        sources.append(GenerationConfig.from_pretrained(args.model))
-    ids = [i for source in sources for i in np.ravel(source.eos_token_id) if i is not None]  # one, a list or None
-    end_ids = [int(i) for i in dict.fromkeys(ids) if i < policy_config.vocab_size]
-    if not end_ids:
-        stop(f"--model {args.model} needs an EOS token, in its tokenizer or a configuration, to end a response")
+    if checks:
+        checks.models(args, exit_on_error, reads_tokens_of)
+    with exit_on_error("model", args.model):
+        tokenizer, config = (kind.from_pretrained(args.model) for kind in (AutoTokenizer, AutoConfig))
+        sources = [tokenizer, config]
+        with suppress(OSError):  # a folder without this file
+            sources.append(GenerationConfig.from_pretrained(args.model))
+        ids = [i for source in sources for i in np.ravel(source.eos_token_id) if i is not None]  # one, a list or None
+        end_ids = [int(i) for i in dict.fromkeys(ids) if i < config.vocab_size]
+        if not end_ids:
+            raise ValueError("it needs an EOS token, in its tokenizer or a configuration, to end a response")
     say(f"A response ends with {' or '.join(f'{tokenizer.decode([i])} ({i})' for i in end_ids)}")
     return tokenizer, end_ids
 
@@ -896,7 +831,6 @@ def as_text(item: str | list[dict] | None, tokenizer) -> str:
 def load_prompts(args: Args, use: Literal["train", "eval"], tokenizer, end_ids, devices: Devices) -> Dataset | None:
     """The rows to train on with `input_ids`, token ids of the prompt; those to evaluate on with `reference_ids` too."""
     path, split, evaluates = args.dataset, getattr(args, f"{use}_split"), use == "eval"
-    fewest = devices.world if evaluates else max(2, args.num_prompts)
     if evaluates and not args.eval_every:
         return None
     with exit_on_error("dataset", path, f", split {split}"):
@@ -911,13 +845,11 @@ def load_prompts(args: Args, use: Literal["train", "eval"], tokenizer, end_ids, 
             raise ValueError(f"it has only {', '.join(splits)} (with --eval-every 0 nothing is evaluated)")
         data = splits[split]
         texts = [as_text(query, tokenizer) for query in data[args.query_column]]
-        ids, own = tokenizer(texts, add_special_tokens=False).input_ids, tokenizer.bos_token or "no BOS"
-        example = texts.index(max(texts, key=lambda text: (not text.startswith(own), len(text))))
-        bos = []  # what the tokenizer puts before a text; a chat template writes its own, and so do some texts
-        if isinstance(data[example][args.query_column], str):
-            whole = tokenizer(texts[example]).input_ids
-            bos = whole[: whole.index(ids[example][0])]
-        ids = [row if row[: len(bos)] == bos else bos + row for row in ids]
+        ids = tokenizer(texts, add_special_tokens=False).input_ids
+        if any(isinstance(query, str) for query in data[args.query_column]):  # BOS once; a chat template has its own
+            plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+            bos = whole[: whole.index(plain[0])]
+            ids = [row if row[: len(bos)] == bos else bos + row for row in ids]
         if evaluates and args.gold:
             answers = [a[-1]["content"] if isinstance(a, list) else a or "" for a in data[args.reference_column]]
             references = tokenizer(answers, add_special_tokens=False).input_ids
@@ -925,16 +857,14 @@ def load_prompts(args: Args, use: Literal["train", "eval"], tokenizer, end_ids, 
             data = data.add_column("reference_ids", references)
             texts = [text if answer else "" for text, answer in zip(texts, answers)]
         data = data.add_column("input_ids", ids)
-    rows = [i for i, row in enumerate(ids) if texts[i] and len(row) <= args.prompt_length]
-    empty = f"; {texts.count('')} have no text, such as row {texts.index('')}" if "" in texts else ""
-    say(f"Split {split}: {len(rows)} of {len(ids)} prompts fit --prompt-length {args.prompt_length}{empty}")
-    if len(rows) < fewest:
-        stop(f"split {split} of {path} has {len(rows)} prompts of at most --prompt-length {args.prompt_length} "
-             f"tokens; {fewest} are needed")
-    size, largest = AutoConfig.from_pretrained(args.model).vocab_size, max(max(ids[i]) for i in rows)
-    if largest >= size:
-        stop(f"--model {args.model} has embeddings for {size} tokens; a prompt of {path} has token {largest}, "
-             f"{tokenizer.decode([largest])}: leave it out, or train an embedding for it")
+        rows = [i for i, row in enumerate(ids) if texts[i] and len(row) <= args.prompt_length]
+        empty = f"; {texts.count('')} have no text, such as row {texts.index('')}" if "" in texts else ""
+        say(f"Split {split}: {len(rows)} of {len(ids)} prompts fit --prompt-length {args.prompt_length}{empty}")
+        if len(rows) < (fewest := devices.world if evaluates else max(2, args.num_prompts)):
+            few = f"it has {len(rows)} prompts of at most --prompt-length {args.prompt_length} tokens"
+            raise ValueError(f"{few}; {fewest} are needed")
+        if checks:
+            checks.embeddings(args, rows, ids, tokenizer)
     if evaluates:  # as many for every learner
         rows = rows[: max(1, min(args.eval_prompts, len(rows)) // devices.world) * devices.world]
     return data.select(rows)
@@ -946,17 +876,15 @@ def make_reward(flag: str, data: Dataset | None, tokenizer, end_ids, args: Args,
     The flag, reward or gold, names a sequence classifier, or a Python function as module:function, which is called
     with lists by name: prompts and responses (text), raw_responses (text with special tokens, such as tags),
     response_ids, queries (as in data), completions (TRL's name for responses), and the columns of data.
-    It is tried on two rows of data; without data there is none.
+    Without data there is none.
     """
     if not (spec := getattr(args, flag)) or data is None:
         return None
-    function, prompts_of_messages = None, not isinstance(data[0][args.query_column], str)
-    if ":" in spec:
-        function = pkgutil.resolve_name(spec)
-    else:
-        model, (_, own) = ScoreModel(flag, spec).requires_grad_(False), read_model(flag, spec)
-        reads_tokens = hasattr(model.model, "score") and reads_tokens_of(own, tokenizer)
-        if reads_tokens and not (prompts_of_messages and own.chat_template):
+    function = pkgutil.resolve_name(spec) if ":" in spec else None
+    if function is None:
+        model, own = ScoreModel(flag, spec).requires_grad_(False), AutoTokenizer.from_pretrained(spec)
+        chats = own.chat_template and not isinstance(data[0][args.query_column], str)
+        if hasattr(model.model, "score") and reads_tokens_of(own, tokenizer) and not chats:
             shard(model, args, devices.device)
         else:  # it reads the text, with its own tokenizer and chat template
             from benchmark.text_judge import TextJudge
@@ -970,8 +898,7 @@ def make_reward(flag: str, data: Dataset | None, tokenizer, end_ids, args: Args,
             asked = columns[args.query_column]
             given = dict(prompts=[as_text(item, tokenizer) for item in asked], queries=asked, responses=texts)
             given |= dict(completions=texts, raw_responses=raw, response_ids=responses)
-            scores = function(**columns | given)
-            scores = torch.tensor(scores if hasattr(scores, "__len__") else [], dtype=torch.float32, device="cpu")
+            scores = torch.tensor(function(**columns | given), dtype=torch.float32, device="cpu")
         else:
             batch = Batch(samples, *pad(queries[::samples], devices.device, "left"), *pad(responses, devices.device))
             scores = all_rows(model, batch, args, devices)  # (n, 1 + R)
@@ -981,10 +908,8 @@ def make_reward(flag: str, data: Dataset | None, tokenizer, end_ids, args: Args,
         return scores
 
     with exit_on_error(flag, spec):
-        longest = sorted(range(len(data)), key=[-len(ids) for ids in data["input_ids"]].__getitem__)[:2]
-        queries = data[longest]["input_ids"]
-        trial = [(query * args.response_length)[: args.response_length - 1] + end_ids[:1] for query in queries]
-        reward(queries, trial, data[longest], 1)  # any responses do
+        if checks:
+            checks.rewards(args, reward, data, end_ids)
     return reward
 
 
@@ -1101,7 +1026,8 @@ class Run:
         name = f"{Path(__file__).stem}-S{args.max_staleness}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.output_dir or f"runs/{name}-{os.urandom(2).hex()}")
         if self.writes:
-            self.claim_folder()
+            with exit_on_error("output-dir", str(self.folder)):
+                self.claim_folder()
         self.folder = gather(self.folder)[0]  # the first learner's
         self.weights_folder = self.folder / f"weights-{devices.rank}"  # on their way to vLLM
         if args.track and self.writes:
@@ -1115,49 +1041,35 @@ class Run:
         """Write config.json into the output folder. Refuse a folder that holds anything but this run, unfinished."""
         folder, path, devices = self.folder, self.folder / "config.json", self.devices
         if folder.is_file() or (folder / "policy").exists():
-            stop(f"--output-dir {folder} holds a finished run, or is a file: name a new folder")
-        what = dict(script=Path(__file__).name, learners=devices.world, device=devices.device.type) | asdict(self.args)
-        config = {"args": what, "command": shlex.join(["python", *sys.argv]), "wandb_id": os.urandom(4).hex()}
-        if (folder / LOGS[0]).exists() and path.exists():  # it has begun
-            old = json.loads(path.read_text())
-            config["wandb_id"] = old.get("wandb_id", folder.name)
-            for name, value in what.items():
-                if name not in MAY_CHANGE and old["args"].get(name) != value:
-                    stop(f"--output-dir {folder} is of a run with {name} {old['args'].get(name)!r}, not {value!r}")
-        elif folder.is_dir() and not path.exists() and set(os.listdir(folder)) - {"lock", f"{path.name}.part"}:
-            stop(f"--output-dir {folder} is not empty and holds no run: name a new folder")
+            raise ValueError("it holds a finished run, or is a file: name a new folder")
+        if folder.is_dir() and not path.exists() and set(os.listdir(folder)) - {"lock", f"{path.name}.part"}:
+            raise ValueError("it is not empty and holds no run: name a new folder")
+        args = dict(script=Path(__file__).name, learners=devices.world, device=devices.device.type) | asdict(self.args)
+        old = json.loads(path.read_text()) if (folder / LOGS[0]).exists() else {"args": args}  # only a run that began
+        for name, value in args.items():
+            if name not in MAY_CHANGE and old["args"].get(name) != value:
+                raise ValueError(f"it holds a run with {name} {old['args'].get(name)!r}, not {value!r}")
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(folder / "lock", "w")  # until this process ends
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(f"--output-dir {folder} is in use by another run: name a new folder")
+        fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.wandb_id = old.get("wandb_id", os.urandom(4).hex())
         versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
-        Path(f"{path}.part").write_text(json.dumps(config | {"versions": versions}, indent=2))
+        command = shlex.join(["python", *sys.argv])
+        config = dict(args=args, command=command, wandb_id=self.wandb_id, versions=versions)
+        Path(f"{path}.part").write_text(json.dumps(config, indent=2))
         os.replace(f"{path}.part", path)
-        self.wandb_id = config["wandb_id"]
 
-    def try_policy(self, policy: Policy, data: Dataset, tokenizer) -> Policy:
-        """Save what the policy's folder needs beside weights, now rather than after the last batch. Refuse a model that
-        computes something else after padding and from a prompt's cache than for a plain row.
-        """
-        model, folder = policy.model, self.folder / "policy.part"
+    def try_policy(self, policy: Policy, data: Dataset, tokenizer, end_ids: list[int]) -> Policy:
+        """Try what would fail late: the forward pass, and saving what the policy's folder needs beside weights."""
         if self.writes:
-            try:
-                model.generation_config.save_pretrained(folder)
-            except ValueError:  # it contradicts itself
-                model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-            model.config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            policy.model.config.save_pretrained(self.folder / "policy.part")
+            tokenizer.save_pretrained(self.folder / "policy.part")
+        policy.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # its own may be at fault
         prompts = [data[0]["input_ids"][:16], data[1]["input_ids"][:5]]  # each is the other's response
-        batch = Batch(1, *pad(prompts, "cpu", "left"), *pad(prompts[::-1], "cpu"))
-        with exit_on_error("model", self.args.model), torch.no_grad():
-            ours = all_rows(policy, batch, replace(self.args, temperature=1.0, dtype="float32"), self.devices)
-            for prompt, response, logprobs in zip(prompts, prompts[::-1], ours):
-                logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-                plain = -F.cross_entropy(logits, torch.tensor(response), reduction="none")
-                if not torch.allclose(plain, logprobs[: len(plain)], rtol=0, atol=0.01):
-                    raise ValueError(f"{type(model).__name__} computes something else after padding or from a cache")
+        with exit_on_error("model", self.args.model):
+            ours = plain_logprobs(policy, prompts, prompts[::-1], replace(self.args, dtype="float32"), self.devices)
+            if checks:
+                checks.forward_pass(policy.model, prompts, prompts[::-1], ours)
         return policy
 
     def resume_hint(self) -> str:
@@ -1201,12 +1113,8 @@ class Run:
             "time/step": now - last if last else None,  # none after an evaluation or a checkpoint
         }
         self.log(record)
-        if t == 0:
-            by_prompt = gather(scores).view(-1, args.samples_per_prompt)
-            if record["response_length"] == args.response_length and (by_prompt == args.missing_eos_score).all():
-                say("Warning: no response of the first batch ended: is --response-length too short?")
-            elif args.samples_per_prompt > 1 and by_prompt.amax(1).equal(by_prompt.amin(1)):
-                say("Warning: in the first batch all scores of a prompt are equal: nothing to learn from them")
+        if t == 0 and checks and (warning := checks.first_batch(args, gather(scores), record["response_length"])):
+            say(warning)
         shown = {name: record[name] for name in ("score", "kl", "lag", "time/generator_wait", "time/wait")}
         say(f"batch {t + 1}/{args.num_batches}  " + "  ".join(f"{k} {v:.2f}" for k, v in shown.items()))
 

@@ -8,6 +8,10 @@
     prompts-135m the same with 135 M and the lengths of docstrings.sh, with both threads
     busy        the learner with both threads and with one, alone and beside a busy process
     profile     what a rollout (engine in this process) and label + learn spend in torch's operators, one thread each
+    limit       why a step takes longer than its limit: the two settings of `steps` that are farthest from it, with the
+                second thread and without it; 5 pairs
+    profile-135m label and learn of 32 completions at 135 M: operators, and matrix products per second against the most
+                that products of these sizes reach
     overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
                 control where a generator and a learner do the same work side by side without exchanging anything
     generator   tokens/s of a rollout against plain vllm.LLM.generate of the same prompts and lengths
@@ -397,18 +401,20 @@ def control(seed: int) -> tuple[float, float]:
     """Medians of G and L of two processes side by side that exchange nothing but the first rollout."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmark.speed", "control-part", folder, str(seed)]
-        processes = [subprocess.Popen([*command, side], stdout=subprocess.PIPE, text=True) for side in ("G", "L")]
+        processes = [subprocess.Popen([*command, side], stdout=subprocess.DEVNULL) for side in ("G", "L")]
         try:
-            outputs = [process.communicate(timeout=200)[0] for process in processes]
+            for process in processes:
+                process.wait(timeout=200)
         finally:
             for process in processes:
                 process.kill()
-        return tuple(float(output.strip().split("\n")[-1]) for output in outputs)
+        return tuple(float(Path(folder, f"seconds-{side}").read_text()) for side in ("G", "L"))
 
 
 def control_part(folder: str, seed: str, side: str) -> None:
     """One side of the control, for 25 seconds: the generator's, or the learner's."""
     parts = Parts(engine=side == "G", seed=int(seed))
+    parts.devices.helper = None  # it would learn on the other side's core
     file, ready = Path(folder, "rollout.pt"), Path(folder, f"ready-{side}")
     if side == "G":
         torch.save(vars(parts.rollout()), file.with_suffix(".tmp"))
@@ -431,8 +437,8 @@ def control_part(folder: str, seed: str, side: str) -> None:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
+    Path(folder, f"seconds-{side}").write_text(str(statistics.median(times)))
     parts.close()
-    print(statistics.median(times))
 
 
 def random_llama(folder: str, hidden, layers, intermediate, vocabulary, positions=128, tokenizer="") -> int:

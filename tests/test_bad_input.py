@@ -59,12 +59,12 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(model="tasks/tldr-tny/sft-m"), "run `python -m benchmark.tasks.tldr_tny` first"),
     (DPO, dict(model="{}/polcy"), "--model {}/polcy: "),
     (DPO, dict(model="{}/empty"), "--model {}/empty: "),
-    (DPO, dict(model="{}/rm"), "--model {}/rm is a ['LlamaForSequenceClassification'] with 1 labels: a policy must be"),
-    (DPO, dict(model="{}/no-eos"), "{}/no-eos needs an EOS token"),
+    (DPO, dict(model="{}/rm"), "--model {}/rm: it is a ['LlamaForSequenceClassification']: a policy must be a"),
+    (DPO, dict(model="{}/no-eos"), "{}/no-eos: it needs an EOS token"),
     (DPO, dict(reward="{}/r"), "--reward {}/r: "),
-    (DPO, dict(reward="{}/policy"), "--reward {}/policy is a ['LlamaForCausalLM'] with"),
-    (DPO, dict(reward="{}/two-labels"), "with 2 labels: a policy must be a language model, a judge a sequence"),
-    (PPO, dict(value_model="{}/other-words"), "--value-model {}/other-words has another vocabulary than the policy"),
+    (DPO, dict(reward="{}/policy"), "--reward {}/policy: it is a ['LlamaForCausalLM'] with"),
+    (DPO, dict(reward="{}/two-labels"), "with 2 labels: a judge must be a sequence classifier with one label"),
+    (PPO, dict(value_model="{}/other-words"), "--value-model {}/other-words: it has another vocabulary than the"),
     (DPO, dict(reward=""), "--reward : "),
     (DPO, dict(model=""), "--model : "),
     (DPO, dict(model="tests.tiny:reward"), "--model tests.tiny:reward: "),
@@ -81,8 +81,8 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(prompt_length=2), "has 0 prompts of at most --prompt-length 2 tokens; 16 are needed"),
     (DPO, dict(batch_size=1024, total_episodes=1024), "has 256 prompts of at most --prompt-length 32 tokens; 512"),
     (DPO, dict(model="{}/remote-code"), "--model {}/remote-code: "),
-    (DPO, dict(output_dir="{}/data"), "--output-dir {}/data is not empty and holds no run: name a new folder"),
-    (DPO, dict(output_dir="{}/policy/config.json"), "--output-dir {}/policy/config.json holds a finished run, or is"),
+    (DPO, dict(output_dir="{}/data"), "--output-dir {}/data: it is not empty and holds no run: name a new folder"),
+    (DPO, dict(output_dir="{}/policy/config.json"), "--output-dir {}/policy/config.json: it holds a finished run, or"),
 ]  # fmt: skip
 
 

@@ -99,8 +99,8 @@ def test_wrong_output_folders_are_refused_by_name(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(script.Run, "save_policy", lambda *_: None)  # it has not finished yet
         folder, _ = run("run", save_every=2)
-    assert f"{folder} is of a run with learning_rate 0.001, not 0.002" in refusal(run, learning_rate=2e-3)
-    assert f"{folder} is of a run with script 'async_online_dpo.py'" in refusal(run, module=async_rloo)
+    assert f"{folder}: it holds a run with learning_rate 0.001, not 0.002" in refusal(run, learning_rate=2e-3)
+    assert f"{folder}: it holds a run with script 'async_online_dpo.py'" in refusal(run, module=async_rloo)
     last = f"{folder}/checkpoints/version-000006.pt"
     size = os.path.getsize(last)
     with open(last, "r+b") as f:
@@ -113,10 +113,10 @@ def test_wrong_output_folders_are_refused_by_name(run, monkeypatch):
     assert f"{last} is damaged" in refusal(run)
     os.remove(last)
     assert len(metrics(run("run")[0])[0]) == 6
-    assert f"{folder} holds a finished run" in refusal(run)
+    assert f"{folder}: it holds a finished run" in refusal(run)
     os.rename(f"{folder}/policy", f"{folder}/other")
     os.remove(f"{folder}/config.json")
-    assert f"{folder} is not empty and holds no run" in refusal(run)
+    assert f"{folder}: it is not empty and holds no run" in refusal(run)
 
 
 # ------------------------------------------------------------------------- errors in this process, one shared engine
