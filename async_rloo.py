@@ -750,7 +750,8 @@ def load_tokenizer(args: Args) -> tuple:
     if checks:
         checks.models(args, exit_on_error, reads_tokens_of)
     with exit_on_error("model", args.model):
-        tokenizer, config = (kind.from_pretrained(args.model) for kind in (AutoTokenizer, AutoConfig))
+        kinds = (AutoTokenizer, AutoConfig)
+        tokenizer, config = (kind.from_pretrained(args.model, trust_remote_code=False) for kind in kinds)
         sources = [tokenizer, config]
         with suppress(OSError):  # a folder without this file
             sources.append(GenerationConfig.from_pretrained(args.model))

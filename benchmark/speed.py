@@ -240,6 +240,36 @@ def steps() -> None:
                     note("steps", f"{label}: {what}", values, "s")
 
 
+def limit() -> None:
+    """In `steps` the limit has G and L1 of runs where the other side rests; here also of runs beside each other."""
+    for module, flags in ((dpo, TLDR), (ppo, MATH)):
+        colocate = dict(placement="colocate", max_staleness=0)
+        ways = {"both threads": {}, "one thread": {}, "alone": dict(max_staleness=0), "colocate": colocate}
+        found = {name: [] for name in ways}
+        with engine_of(**flags) as split, engine_of(**flags | colocate) as shared:
+            for seed in range(PAIRS + 1):
+                for name, more in ways.items():
+                    more = flags | dict(total_episodes=BATCHES * flags["batch_size"], max_staleness=1, seed=seed) | more
+                    pool = {"ThreadPoolExecutor": lambda *_, **__: None} if name == "one thread" else {}
+                    with mock.patch.multiple(module, **pool):
+                        times = run_with(shared if name == "colocate" else split, module, **more)
+                    if seed:  # the first ones only warm up
+                        found[name].append(times)
+        label = f"{Path(flags['dataset']).parent.name}, {module.__name__}"
+        steps = [times["step"] for times in found["both threads"]]
+        (G, L1), (near_G, near_L1), (_, L2) = (
+            [[times[side] for times in found[name]] for side in ("generation", "learning")]
+            for name in ("alone", "one thread", "colocate")
+        )
+        note("limit", f"{label}: asynchronous step", steps, "s")
+        for what, a, b in (("G", near_G, G), ("L, one thread", near_L1, L1)):
+            note("limit", f"{label}: {what} beside the other / alone", [x / y for x, y in zip(a, b)], "ratio")
+        for what, g, one in (("alone", G, L1), ("beside each other", near_G, near_L1)):
+            limits = [a + max(0, b - a) * two / alone for a, b, two, alone in zip(g, one, L2, L1)]
+            ratios = [step / best for step, best in zip(steps, limits)]
+            note("limit", f"{label}: step / limit from G and L {what}", ratios, "ratio")
+
+
 def before() -> None:
     ten = 10 * 128
     before_of({
@@ -305,8 +335,9 @@ def prompts_large() -> None:
     prompts_of("135 M", 2, SMOLLM2, 64, 24, 2)
 
 
-def prompts_of(name: str, samples: int, shape: tuple, prompt: int, response: int, threads: int) -> None:
-    """Learner with a random policy, which is the reference too: 32 completions to random prompts."""
+@contextlib.contextmanager
+def random_learner(samples: int, shape: tuple, prompt: int, response: int, threads: int):
+    """Learner with a random policy, which is the reference too, and a rollout of 32 completions to random prompts."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         random_llama(folder, *shape, positions=1024)
         size = 16 if threads == 1 else 8
@@ -316,7 +347,12 @@ def prompts_of(name: str, samples: int, shape: tuple, prompt: int, response: int
         rng = np.random.default_rng(0)
         queries = [ids for ids in rng.integers(5, 2000, (32 // samples, prompt)).tolist() for _ in range(samples)]
         responses, rows = rng.integers(5, 2000, (32, response)).tolist(), list(range(32))
-        rollout = rloo.Rollout(0, rows, queries, responses, [[-7.0] * response] * 32, 0.0, {})
+        yield parts, rloo.Rollout(0, rows, queries, responses, [[-7.0] * response] * 32, 0.0, {})
+        parts.close()
+
+
+def prompts_of(name: str, samples: int, shape: tuple, prompt: int, response: int, threads: int) -> None:
+    with random_learner(samples, shape, prompt, response, threads) as (parts, rollout):
 
         def learn() -> None:
             learner_seconds(parts, rollout)
@@ -327,6 +363,34 @@ def prompts_of(name: str, samples: int, shape: tuple, prompt: int, response: int
         what = f"{prompt} + {response} tokens, {name}, K = {samples}"
         note("prompts", f"{what}: prompts K times / once", ratios, "ratio")
         note("prompts", f"{what}: label and learn of 32, prompts once", found["once"], "s")
+
+
+def profile_large() -> None:
+    """One thread in float32, lengths of docstrings.sh. A bare product: of a micro-batch's tokens and the two matrices
+    that take most, of the MLP and of the output layer."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with random_learner(2, SMOLLM2, 64, 24, 2) as (parts, rollout):
+        parts.devices.helper = None
+        seconds = in_turn(2, learn=lambda: learner_seconds(parts, rollout))["learn"]
+        note("profile-135m", "label and learn of 32, one thread", seconds, "s")
+        with FlopCounterMode(display=False) as counted:
+            learner_seconds(parts, rollout)
+        operations = counted.get_total_flops() / 1e9
+        note("profile-135m", "operations of matrix products and attention", [operations], "GFLOP")
+        note("profile-135m", "the same per second", [operations / s for s in seconds], "GFLOP/s")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            learner_seconds(parts, rollout)
+        times = {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
+        note("profile-135m", "all operators", [sum(times.values())], "s")
+        for key in sorted(times, key=times.get, reverse=True)[:8]:
+            note("profile-135m", key, [times[key]], "s")
+        hidden, _, intermediate, vocabulary = SMOLLM2
+        for what, columns in (("MLP", intermediate), ("output layer", vocabulary)):
+            a, b = torch.randn(8 * 25, hidden), torch.randn(hidden, columns)
+            times = in_turn(20, product=lambda a=a, b=b: a @ b)["product"]
+            rates = [2 * a.shape[0] * hidden * columns / s / 1e9 for s in times]
+            note("profile-135m", f"bare product of 200 tokens, {what}", rates, "GFLOP/s")
 
 
 def busy() -> None:
@@ -702,8 +766,9 @@ def trl_part(folder: str, task: str) -> None:
     Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends, clock.ends[1:])]))
 
 
-PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, overlap=overlap)
+PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, limit=limit, overlap=overlap)
 PARTS |= {"before-135m": before_large, "prompts-135m": prompts_large, "peer-135m": peer_large}
+PARTS["profile-135m"] = profile_large
 PARTS |= dict(generator=generator, learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
 INNER = {"control-part": control_part, "trl-part": trl_part}
 

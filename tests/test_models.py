@@ -152,13 +152,13 @@ def test_a_reward_sees_tags_that_are_special_tokens(run, policy):
     assert sum(counts) > 0 and metrics(output)[0][0]["score"] == pytest.approx(sum(counts) / 32)
 
 
-@pytest.mark.parametrize("pad", ["eos", "added"])
+@pytest.mark.parametrize("pad", ["<eos>", "[PAD]", None], ids=["eos", "added", "none"])
 def test_pad_tokens_do_not_matter(task, policy, pad, tmp_path):
-    """As EOS, or without an embedding: prompts, scores and log-probabilities are those of the pad token of before."""
+    """As EOS, without an embedding, or missing: prompts, scores and log-probabilities are those of the pad of before."""
     found = []
-    for token in ("<pad>", {"eos": "<eos>", "added": "[PAD]"}[pad]):
-        folder = policy(f"model-{token[1:-1]}", pad_token=token)
-        judge = str(shutil.copytree(f"{task}/rm", tmp_path / f"rm-{token[1:-1]}"))
+    for name, token in (("before", "<pad>"), ("now", pad)):
+        folder = policy(name, pad_token=token)
+        judge = str(shutil.copytree(f"{task}/rm", tmp_path / f"rm-{name}"))
         AutoTokenizer.from_pretrained(folder).save_pretrained(judge)
         args = arguments(task, model=folder, reward=judge)
         data, (tokenizer, end_ids) = read(args), script.load_tokenizer(args)
