@@ -111,14 +111,24 @@ def language_model(args, config, tokenizer) -> None:
         raise ValueError(f"it reads {limit} tokens; --prompt-length and --response-length need {longest}")
 
 
-def embeddings(args, rows: list[int], prompts: list[list[int]], tokenizer) -> None:
-    """Refuse a token that has no embedding. rows: indices into prompts, the token ids of each row of the data set."""
-    size, row = AutoConfig.from_pretrained(args.model).vocab_size, max(rows, key=lambda row: max(prompts[row]))
-    if (largest := max(prompts[row])) >= size:
+def prompts(args, use: str, texts: list[str], ids: list[list[int]], rows: list[int], tokenizer) -> str:
+    """How many prompts are used, in words. Refuse too few, and a token that has no embedding.
+
+    texts, ids: of every row of the data set, its text and its token ids; rows: those of the rows that are used.
+    """
+    fit = f"{len(rows)} of {len(ids)} prompts fit --prompt-length {args.prompt_length}"
+    if "" in texts:
+        fit += f"; {texts.count('')} have no text, such as row {texts.index('')}"
+    fewest = int(os.environ.get("WORLD_SIZE", 1)) if use == "eval" else max(2, args.num_prompts)
+    if len(rows) < fewest:
+        raise ValueError(f"{fit}; {fewest} are needed")
+    size, row = AutoConfig.from_pretrained(args.model).vocab_size, max(rows, key=lambda row: max(ids[row]))
+    if (largest := max(ids[row])) >= size:
         raise ValueError(
             f"row {row} has token {largest}, {tokenizer.decode([largest])}, and --model {args.model} has "
             f"embeddings for {size} tokens only: leave it out, or train an embedding for it"
         )
+    return fit
 
 
 @torch.no_grad()

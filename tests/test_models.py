@@ -154,7 +154,7 @@ def test_a_reward_sees_tags_that_are_special_tokens(run, policy):
 
 @pytest.mark.parametrize("pad", ["<eos>", "[PAD]", None], ids=["eos", "added", "none"])
 def test_pad_tokens_do_not_matter(task, policy, pad, tmp_path):
-    """As EOS, without an embedding, or missing: prompts, scores and log-probabilities are those of the pad of before."""
+    """As EOS, without an embedding, or missing: prompts, scores and log-probabilities are those of before."""
     found = []
     for name, token in (("before", "<pad>"), ("now", pad)):
         folder = policy(name, pad_token=token)
