@@ -72,7 +72,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:
     from benchmark import checks  # of the input: bad input gets one line, before it costs time
-except ImportError:  # a script that was copied alone runs without them
+except ModuleNotFoundError:  # a script that was copied alone runs without them
     checks = None
 
 
@@ -361,8 +361,8 @@ def plain_logprobs(policy: Policy, prompts: list[list[int]], responses: list[lis
 
 def probe_limit(policy: Policy, probe: list[int], args: Args, devices: "Devices") -> float:
     """How far vLLM and learner may differ on the probe: a multiple of what bfloat16 changes in the learner."""
-    tokens, types = ([probe[:1]], [probe[1:]]), ("float32", "bfloat16")
-    full, rounded = (plain_logprobs(policy, *tokens, replace(args, dtype=dtype), devices) for dtype in types)
+    tokens, dtypes = ([probe[:1]], [probe[1:]]), ("float32", "bfloat16")
+    full, rounded = (plain_logprobs(policy, *tokens, replace(args, dtype=dtype), devices) for dtype in dtypes)
     # Of float32 a CPU keeps 16 bits more than bfloat16, and vLLM's attention on a GPU 3 bits more (TF32).
     limits = {("cpu", "float32"): (1e-4, 2**-8), ("cuda", "float32"): (0.02, 1)}  # the least limit, the multiple
     least, multiple = limits.get((devices.device.type, args.dtype), (0.1, 8))
@@ -651,12 +651,14 @@ def say(text: str) -> None:
 
 @contextmanager
 def exit_on_error(flag: str, value: str, more: str = ""):
-    """Bad input: turn an error about the value of a flag into one line, which says how to mend it, and exit."""
+    """If the block fails because of the value of a flag, exit with one line that names the flag and says why."""
     try:
         yield
     except Exception as error:
-        why = checks.reason(error, value) if checks else repr(error)
-        raise SystemExit(f"{os.path.basename(__file__)}: --{flag} {value}{more}: {why}") from None
+        if not checks:
+            raise
+        script = os.path.basename(__file__)
+        raise SystemExit(f"{script}: --{flag} {value}{more}: {checks.reason(error, value)}") from None
 
 
 class Devices:
@@ -729,7 +731,7 @@ class Devices:
 def load_model(kind, flag: str, path: str, new_head: bool = False, **options) -> nn.Module:
     """A pretrained model in float32. Refuse one that lacks weights, which would be random, unless for a new head."""
     with exit_on_error(flag, path):
-        options |= dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        options |= dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
         model, info = kind.from_pretrained(path, **options)
         if info["missing_keys"] and not new_head:
             raise ValueError(f"it has no {sorted(info['missing_keys'])}")
@@ -740,8 +742,8 @@ def load_model(kind, flag: str, path: str, new_head: bool = False, **options) ->
 
 def reads_tokens_of(own, tokenizer) -> bool:
     """Whether a model with the tokenizer `own` reads the other one's token ids. Pad tokens do not matter: masks do."""
-    pad = tokenizer.pad_token if tokenizer.pad_token != tokenizer.eos_token else None
-    return {word: i for word, i in tokenizer.get_vocab().items() if word != pad}.items() <= own.get_vocab().items()
+    unread = tokenizer.pad_token if tokenizer.pad_token != tokenizer.eos_token else None
+    return {word: i for word, i in tokenizer.get_vocab().items() if word != unread}.items() <= own.get_vocab().items()
 
 
 def load_tokenizer(args: Args) -> tuple:
@@ -749,6 +751,8 @@ def load_tokenizer(args: Args) -> tuple:
     sys.path.append(os.getcwd())  # reward functions may be modules of the working directory
     if checks:
         checks.models(args, exit_on_error, reads_tokens_of)
+    else:
+        say("benchmark/checks.py is not here: the input is not checked")
     with exit_on_error("model", args.model):
         kinds = (AutoTokenizer, AutoConfig)
         tokenizer, config = (kind.from_pretrained(args.model, trust_remote_code=False) for kind in kinds)
@@ -791,7 +795,8 @@ def load_prompts(args: Args, use: Literal["train", "eval"], tokenizer, end_ids, 
         texts = [as_text(query, tokenizer) for query in data[args.query_column]]
         ids = tokenizer(texts, add_special_tokens=False).input_ids
         if any(isinstance(query, str) for query in data[args.query_column]):  # BOS once; a chat template has its own
-            plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+            text = max(texts, key=len).removeprefix(tokenizer.bos_token or "")
+            plain, whole = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, True))
             bos = whole[: whole.index(plain[0])]
             ids = [row if row[: len(bos)] == bos else bos + row for row in ids]
         if evaluates and args.gold:
@@ -982,9 +987,9 @@ class Run:
             raise ValueError("it holds a finished run, or is a file: name a new folder")
         if folder.is_dir() and not path.exists() and set(os.listdir(folder)) - {"lock", f"{path.name}.part"}:
             raise ValueError("it is not empty and holds no run: name a new folder")
-        args = dict(script=Path(__file__).name, learners=devices.world, device=devices.device.type) | asdict(self.args)
-        old = json.loads(path.read_text()) if (folder / LOGS[0]).exists() else {"args": args}  # only a run that began
-        for name, value in args.items():
+        flags = dict(script=Path(__file__).name, learners=devices.world, device=devices.device.type) | asdict(self.args)
+        old = json.loads(path.read_text()) if (folder / LOGS[0]).exists() else {"args": flags}  # only a run that began
+        for name, value in flags.items():
             if name not in MAY_CHANGE and old["args"].get(name) != value:
                 raise ValueError(f"it holds a run with {name} {old['args'].get(name)!r}, not {value!r}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -992,8 +997,7 @@ class Run:
         fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.wandb_id = old.get("wandb_id", os.urandom(4).hex())
         versions = {package.name: package.version for package in distributions() if package.name in PACKAGES}
-        command = shlex.join(["python", *sys.argv])
-        config = dict(args=args, command=command, wandb_id=self.wandb_id, versions=versions)
+        config = dict(args=flags, command=shlex.join(["python", *sys.argv]), wandb_id=self.wandb_id, versions=versions)
         Path(f"{path}.part").write_text(json.dumps(config, indent=2))
         os.replace(f"{path}.part", path)
 
@@ -1002,7 +1006,7 @@ class Run:
         if self.writes:
             policy.model.config.save_pretrained(self.folder / "policy.part")
             tokenizer.save_pretrained(self.folder / "policy.part")
-        policy.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # its own may be at fault
+        policy.model.generation_config = GenerationConfig(eos_token_id=end_ids)  # its own may be refused when saved
         prompts = [data[0]["input_ids"][:16], data[1]["input_ids"][:5]]  # each is the other's response
         with exit_on_error("model", self.args.model):
             ours = plain_logprobs(policy, prompts, prompts[::-1], replace(self.args, dtype="float32"), self.devices)
@@ -1034,7 +1038,7 @@ class Run:
 
     def log_step(self, t: int, rollout: Rollout, scores: Tensor, metrics: dict) -> None:
         """One line for batch t. On CPUs everything but time/... is the same in every run with the same seed."""
-        args, now, last = self.args, time.perf_counter(), self.last_step
+        args, now, last, scores = self.args, time.perf_counter(), self.last_step, gather(scores)
         self.last_step = now
         lengths = torch.tensor([len(response) for response in rollout.responses])
         record = {
@@ -1042,7 +1046,7 @@ class Run:
             "version": t + 1,
             "episodes": (t + 1) * args.batch_size * args.num_mini_batches,
             "lag": t - rollout.version,  # in versions, between the weights that made the batch and those it updates
-            "score": gather(scores).mean().item(),
+            "score": scores.mean().item(),
             "response_length": gather(lengths).double().mean().item(),
             "probe_error": rollout.probe_error,
             **metrics,
@@ -1051,7 +1055,7 @@ class Run:
             "time/step": now - last if last else None,  # none after an evaluation or a checkpoint
         }
         self.log(record)
-        if t == 0 and checks and (warning := checks.first_batch(args, gather(scores), record["response_length"])):
+        if t == 0 and checks and (warning := checks.first_batch(args, scores, record["response_length"])):
             say(warning)
         shown = {name: record[name] for name in ("score", "kl", "lag", "time/generator_wait", "time/wait")}
         say(f"batch {t + 1}/{args.num_batches}  " + "  ".join(f"{k} {v:.2f}" for k, v in shown.items()))

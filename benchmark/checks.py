@@ -16,18 +16,20 @@ from transformers import AutoConfig, AutoTokenizer
 MAY_BE_ZERO = ("seed", "max_staleness", "eval_every", "save_every", "kl_coef", "value_coef", "gamma", "gae_lambda")
 UNCHECKED = ("missing_eos_score", "baseline_shift", "num_batches", "num_prompts")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-ON_CPUS = {"bloom": "does not start it", "cohere2": "gives it other log-probabilities than transformers"}  # vLLM 0.32
+NOT_ON_CPUS = {"bloom": "does not start it", "cohere2": "gives it other log-probabilities than transformers"}
 
 
 def reason(error: Exception, value: str) -> str:
     """What is wrong with the value of a flag, in one line, from the error of a library."""
     why = " ".join(str(error).split())
+    if isinstance(error, BlockingIOError):  # of the lock on an output folder
+        return "another run uses it: name a new folder"
+    if getattr(error, "errno", None):  # from the operating system
+        return why
     if value.startswith("tasks/") and not os.path.exists(value):
         return f"run `python -m benchmark.tasks.{value.split('/')[1].replace('-', '_')}` first"
     if value.startswith(("/", ".")) and not os.path.exists(value):
         return "there is no such file or folder"
-    if isinstance(error, BlockingIOError):
-        return "another run uses it: name a new folder"
     if not isinstance(error, OSError | ValueError | ImportError | AttributeError) or not why:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {why} ({where.filename}:{where.lineno})"
@@ -42,9 +44,8 @@ def numbers(args) -> None:
             if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):  # NaN is neither: refused
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be {bound}")
 
-    unit, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    unit *= args.samples_per_prompt
-    if args.batch_size % unit:
+    world, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if args.batch_size % (unit := world * args.samples_per_prompt):
         raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {unit}, learners x samples per prompt")
     if args.total_episodes < (generated := args.batch_size * args.num_mini_batches):
         raise ValueError(f"--total-episodes {args.total_episodes} is less than the {generated} of one generated batch")
@@ -64,16 +65,21 @@ def models(args, exit_on_error: Callable, reads_tokens_of: Callable) -> None:
     with exit_on_error("model", args.model):
         config, tokenizer = read(args.model)
         language_model(args, config, tokenizer)
-    values = (args.value_model or args.reward) if hasattr(args, "value_model") else ""
+    values = ""  # the start of PPO's value model
+    if hasattr(args, "value_model"):
+        values = args.value_model or (args.model if ":" in args.reward else args.reward)
     judges = dict(reward=args.reward, gold=args.gold if args.eval_every else "", value_model=values)
     for name, path in judges.items():
         with exit_on_error(name.replace("_", "-"), path):
-            if ":" in path:
+            if ":" in path and name != "value_model":
                 pkgutil.resolve_name(path)
             elif path or name == "reward":
                 config, own = read(path)
                 if name == "value_model" and not reads_tokens_of(own, tokenizer):
-                    raise ValueError("it has another vocabulary than the policy, whose tokens it must read")
+                    raise ValueError(
+                        "it has another vocabulary than the policy, whose tokens it must read: name another "
+                        "(without --value-model it is the reward model)"
+                    )
                 is_classifier = "SequenceClassification" in str(config.architectures) and config.num_labels == 1
                 if name != "value_model" and not is_classifier:
                     raise ValueError(
@@ -89,8 +95,9 @@ def read(path: str) -> tuple:
     if os.path.isdir(path) and not any("token" in name or "vocab" in name for name in os.listdir(path)):
         raise ValueError("it has no tokenizer: save its own there")
     config, tokenizer = (kind.from_pretrained(path, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer))
-    if not tokenizer("a").input_ids:
-        raise ValueError(f"its tokenizer, a {type(tokenizer).__name__}, makes no tokens of a text")
+    words = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens][:20]
+    if not any(tokenizer(words, add_special_tokens=False).input_ids):
+        raise ValueError(f"its tokenizer, a {type(tokenizer).__name__}, makes no tokens of its own words")
     return config, tokenizer
 
 
@@ -104,17 +111,17 @@ def language_model(args, config, tokenizer) -> None:
         )
     if not torch.cuda.is_available() and any(getattr(config, name, 0) for name in EXPERTS):
         raise ValueError("on CPUs, vLLM 0.32 cannot replace the weights of a mixture of experts")
-    if not torch.cuda.is_available() and config.model_type in ON_CPUS:
-        raise ValueError(f"on CPUs, vLLM 0.32 {ON_CPUS[config.model_type]} (docs/models.md lists what runs)")
+    if not torch.cuda.is_available() and config.model_type in NOT_ON_CPUS:
+        raise ValueError(f"on CPUs, vLLM 0.32 {NOT_ON_CPUS[config.model_type]} (docs/models.md lists what runs)")
     longest, limit = args.prompt_length + args.response_length + 1, getattr(config, "max_position_embeddings", None)
     if 0 < (limit or 0) < longest:
         raise ValueError(f"it reads {limit} tokens; --prompt-length and --response-length need {longest}")
 
 
 def prompts(args, use: str, texts: list[str], ids: list[list[int]], rows: list[int], tokenizer) -> str:
-    """How many prompts are used, in words. Refuse too few, and a token that has no embedding.
+    """How many prompts fit, in words. Refuse too few, and a token that has no embedding.
 
-    texts, ids: of every row of the data set, its text and its token ids; rows: those of the rows that are used.
+    texts, ids: of every row of the data set, its text and its token ids; rows: the indices of those that fit.
     """
     fit = f"{len(rows)} of {len(ids)} prompts fit --prompt-length {args.prompt_length}"
     if "" in texts:

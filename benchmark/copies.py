@@ -19,7 +19,7 @@ BUDGETS = {  # most lines that one of the pair may have in place of the other's,
     ("async_online_dpo.py", "async_rloo.py"): 60,
     ("async_online_dpo.py", "sync_baseline.py"): 20,
 }
-LINES = {"async_online_dpo.py": 1110, "sync_baseline.py": 1100, "async_rloo.py": 1140, "async_ppo.py": 1195}
+LINES = {"async_online_dpo.py": 1110, "sync_baseline.py": 1105, "async_rloo.py": 1142, "async_ppo.py": 1200}
 MAIN, FUNCTION = 65, 60  # most lines of main(), and of any other function
 
 

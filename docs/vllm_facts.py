@@ -88,7 +88,8 @@ def tied_output_layer(folder: str) -> None:
 
 def seeds_and_half_read_prompts(folder: str) -> None:
     for chunked in (False, True):
-        llm = engine(f"{folder}/policy", enable_chunked_prefill=chunked, max_num_batched_tokens=128 if chunked else 2048)
+        most = 128 if chunked else 2048  # tokens of one step: less than two prompts
+        llm = engine(f"{folder}/policy", enable_chunked_prefill=chunked, max_num_batched_tokens=most)
         try:
             sample(llm, PROMPTS, temperature=1.0, seed=1)
             print(f"enable_chunked_prefill={chunked}: sampled with a seed for each request")

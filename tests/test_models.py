@@ -402,11 +402,11 @@ def test_a_script_that_was_copied_alone_runs(task, tmp_path):
         arguments = command(task, gold="", total_episodes=32, **changes)
         return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
 
-    refused = train(model="./nowhere")
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
-    assert "async_online_dpo.py: --model ./nowhere: OSError(" in refused.stderr
     done = train(output_dir="run")
     assert done.returncode == 0 and len(metrics(tmp_path / "run")[0]) == 1, done.stderr
+    assert "benchmark/checks.py is not here: the input is not checked" in done.stdout
+    refused = train(model="./nowhere")
+    assert refused.returncode == 1 and "OSError" in refused.stderr and "nowhere" in refused.stderr
 
 
 def test_two_runs_do_not_share_a_folder(task, tmp_path, monkeypatch):
@@ -445,12 +445,12 @@ def test_a_reward_may_start_processes(task, tmp_path, launcher):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", list(models.ARCHITECTURES))
-def test_every_architecture_runs_or_is_refused(tmp_path, name, dtype):
+def test_every_architecture_runs_or_is_refused(tmp_path, name):
+    """In float32; `python -m benchmark.models` tries bfloat16 too."""
     models.write_data(tmp_path)
-    error, line = models.train(models.write_model(name, tmp_path), tmp_path, dtype)
+    error, line = models.train(models.write_model(name, tmp_path), tmp_path, "float32")
     if name in ("Mamba", "Mixtral (experts)", "Qwen3-MoE (experts)", "Gemma 3 (text and images)", "Cohere 2", "Bloom"):
         assert error is None and line.startswith("--model MODEL")
     else:
-        assert error < (1e-4 if dtype == "float32" else 0.5), line
+        assert error < 1e-4, line
