@@ -1,13 +1,14 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
-From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png; the tables go into
-benchmark/README.md, between <!-- NAME --> and <!-- end -->, and a summary into README.md. Lines and bands are the mean
-over seeds and its 95 % bootstrap interval; of three seeds that is their range, which is too narrow.
+From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and, with claims and
+tables, benchmark/study/NAME.md. A row for each figure of the paper goes into benchmark/README.md, a summary into
+README.md. Lines and bands are the mean over seeds and its 95 % bootstrap interval; of three seeds that is their range,
+which is too narrow.
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
 runs, `plus` less `minus`, paired by seed (and by how the task was prepared). It is reproduced where the 95 % t-interval
 of the mean difference (of times: of the mean logarithm of their ratio) agrees with the paper: wholly above or below
-zero or, where the paper finds no difference, within MARGIN.
+zero or, where the paper finds no difference, within MARGIN. `decides`: the row of benchmark/README.md that it decides.
 """
 
 import contextlib
@@ -62,38 +63,35 @@ OWN_LOSS = {
     "rloo": "proximal",
     "ppo": "behaviour",
 }  # losses that are this one at S = 0 were not run there
-FINDINGS = {  # of the paper, by experiment, measure and what it says of the difference (claims.csv)
-    ("async_vs_sync", "win_rate", "equal"): "fig 1: asynchronous as good as synchronous",
-    ("async_vs_sync", "step_seconds", "lower"): "fig 1: and faster, 1.25 times at 2.8B",
-    ("async_vs_sync", "step_seconds", "higher"): "fig 1: the more so the larger the policy",
-    ("async_vs_sync", "win_rate_at_seconds", "higher"): "fig 1: so further after the same time",
-    ("async_vs_sync-docstrings", "win_rate", "equal"): "fig 1, on real text: as good",
-    ("async_vs_sync-docstrings", "step_seconds", "lower"): "fig 1, on real text: faster",
-    ("lag", "win_rate", "equal"): "fig 1: a lag of one batch costs nothing",
-    ("lag_preparations", "win_rate", "equal"): "fig 1, of five policies and reward models: the same",
-    ("off_policyness", "win_rate", "equal"): "fig 3: N = 2 updates on a batch cost PPO nothing",
-    ("off_policyness", "win_rate", "lower"): "fig 3: N = 4 and more cost win-rate",
-    ("off_policyness", "win_rate_at_kl", "equal"): "fig 3: every N on one curve of win-rate against KL",
-    ("off_policyness_greedy", "win_rate", "lower"): "fig 3, evaluated near-greedily: N = 4 and more cost win-rate",
-    ("value_model", "win_rate", "lower"): "fig 3, with a better start of the value model: N = 4 and more cost win-rate",
-    ("value_model", "win_rate_at_kl", "equal"): "fig 3, the same: every N on one curve of win-rate against KL",
-    ("losses", "win_rate", "lower"): "fig 4: N = 16 costs win-rate, and best-of-2 SFT ends lowest",
-    ("losses", "kept", "higher"): "fig 4: Online DPO keeps more of its gain than RLOO and PPO",
-    ("scale", "kept", "higher"): "fig 5: a larger policy keeps more of its gain",
-    ("scale", "kept", "equal"): "fig 5: a larger reward model does not help",
-    ("epochs", "win_rate", "higher"): "fig 7: T = 3 passes buy win-rate per completion",
-    ("epochs", "episodes_to", "lower"): "fig 7: so fewer completions are needed",
-    ("epochs", "kl", "higher"): "fig 7: and cost KL",
-    ("epochs_time", "step_seconds", "equal"): "fig 7, bound by generation: they take no time",
-    ("epochs_time", "accuracy", "higher"): "fig 7, bound by generation: and buy accuracy",
-    ("epochs_time", "seconds_to", "lower"): "fig 7, bound by generation: so less time is needed",
-    ("samples", "win_rate", "equal"): "fig 8, bound by learning: K = 4 gets as far as K = 2 in half the updates",
-    ("samples", "seconds", "lower"): "fig 8, bound by learning: in less time",
-    ("samples", "kl", "higher"): "fig 8, bound by learning: at more KL",
-    ("math", "accuracy", "equal"): "GSM8K: asynchronous as accurate",
-    ("math", "step_seconds", "lower"): "GSM8K: and faster, 1.7 times",
-    ("math", "accuracy_at_seconds", "higher"): "GSM8K: so further after the same time",
-    ("chatbot", "win_rate", "equal"): "fig 9: asynchronous as good, and 40 % faster (needs the Hub and 8 GPUs)",
+STUDY = {  # experiment: title of its page; those of the paper's figures first
+    "async_vs_sync": "Asynchronous against synchronous (figure 1)",
+    "async_vs_sync-docstrings": "Asynchronous against synchronous on real text (figure 1)",
+    "off_policyness": "Off-policyness of PPO (figure 3)",
+    "off_policyness_greedy": "Off-policyness of PPO, evaluated near-greedily (figure 3)",
+    "value_model": "Off-policyness of PPO, by the start of its value model (figure 3)",
+    "losses": "Losses on off-policy data (figure 4)",
+    "scale": "Off-policyness by size of policy and reward model (figure 5)",
+    "epochs": "Several epochs on a batch (figure 7)",
+    "epochs_time": "Several epochs where generation is the bottleneck (figure 7)",
+    "samples": "Several samples of a prompt (figure 8)",
+    "math": "Math with a verifiable reward (the GSM8K table)",
+    "lag": "Lag of the generator (not in the paper)",
+    "lag_preparations": "Lag, of five policies and reward models (not in the paper)",
+    "overoptimisation": "Over-optimisation (not in the paper)",
+}
+ROWS = {  # of the table in benchmark/README.md, each decided by the claim that names it: figure, what the paper finds
+    "good": ("1", "asynchronous as good as synchronous"),
+    "fast": ("1", "and faster, 1.25 times at 2.8B"),
+    "policyness": ("3", "the more off-policy, the worse PPO gets"),
+    "curve": ("3", "all on one curve of win-rate against KL"),
+    "losses": ("4", "Online DPO bears off-policy data best"),
+    "policy": ("5", "a larger policy bears it better"),
+    "judge": ("5", "a larger reward model does not help"),
+    "epochs": ("7", "three epochs on a batch buy win-rate"),
+    "samples": ("8", "four samples: as far in half the updates"),
+    "chatbot": ("9", "a chatbot: as good, and 40 % faster"),
+    "accurate": ("GSM8K", "asynchronous as accurate"),
+    "math": ("GSM8K", "and faster, 1.7 times"),
 }
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
 MARGIN = 2.0  # points of win-rate or accuracy: less is called equal
@@ -383,66 +381,72 @@ def unit_of(claim: dict) -> str:
     return units.get(claim["measure"], "points")
 
 
-def claims() -> tuple[str, str]:
-    """What the paper finds and what is found here; and all claims, those without runs below the others."""
+def judged() -> list[dict]:
+    """The claims, each with what was found, its pairs and the verdict; with fewer than three pairs it was not run."""
     with open("benchmark/claims.csv") as f:
         rows = list(csv.DictReader(f))
     tables = {name: read(name) for name in {row["experiment"] for row in rows} if results_of(name).exists()}
-    columns = ["experiment", "claim", "the paper", "expected here"]
-    answers, means = defaultdict(list), defaultdict(list)
-    done, waiting = head([*columns, "found here", "pairs", "reproduced?"]), head(columns)
     for row in rows:
-        name, measure, found, unit = row["experiment"], row["measure"], [], unit_of(row)
-        finding = name, measure, row["paper"].split(" ")[0]
-        cells = [f"`{name}`", row["claim"], row["paper"], row["expected"]]
-        if name in tables:
-            found = differences(tables[name], row["plus"], row["minus"], measure)
+        found, unit = [], unit_of(row)
+        if row["experiment"] in tables:
+            found = differences(tables[row["experiment"]], row["plus"], row["minus"], row["measure"])
+        row |= {"found": "", "pairs": str(len(found)), "verdict": "not run"}
         if len(found) < 3:
-            waiting.append(f"| {' | '.join(cells)} |")
-            answers[finding].append("not run")
             continue
         if np.isnan(found).any():
-            here = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
-            answer = "undecided" * bool(row["paper"])
+            row["found"] = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
+            row["verdict"] = "undecided" * bool(row["paper"])
         else:
-            ratio = measure.removeprefix("step_") == "seconds" and unit == "%"
+            ratio = row["measure"].removeprefix("step_") == "seconds" and unit == "%"
             mean, low, high = (ratio_interval if ratio else t_interval)(found)
-            means[finding].append((mean, unit))
-            here = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
-            answer = verdict(row["paper"], low, high)
-        done.append(f"| {' | '.join([*cells, here, str(len(found)), answer])} |")
-        answers[finding].append(answer)
-    digest = head(["experiment", "the paper", "here", "reproduced?"])
-    for finding, said in FINDINGS.items():
-        here = " to ".join(dict.fromkeys(f"{end(means[finding])[0]:+.1f}" for end in (min, max) if means[finding]))
-        here += f" {means[finding][0][1]}" if here else ""
-        got = answers[finding] or ["not run"]
-        told = ", ".join(f"{got.count(kind)} {kind}" for kind in ("yes", "undecided", "no", "not run") if kind in got)
-        digest.append(f"| `{finding[0]}` | {said} | {here} | {told} |")
-    if missing := [finding for finding in answers if finding[2] and finding not in FINDINGS]:
-        raise SystemExit(f"benchmark.plot: FINDINGS lacks {missing}, which claims.csv has")
-    if len(waiting) > 2:  # more than its head
-        done += ["", "Not run yet, or for fewer than three seeds:", "", *waiting]
-    return "\n".join([*digest, ""]), "\n".join([*done, ""])
+            row["found"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
+            row["verdict"] = verdict(row["paper"], low, high)
+    return rows
+
+
+def digest(rows: list[dict]) -> str:
+    """A line for each of ROWS: what the paper finds, what the claim finds here, and the verdict."""
+    lines = head(["figure", "the paper", "found here", "what was measured", "reproduced?"])
+    deciding = {row["decides"]: row for row in rows if row["decides"]}
+    if unknown := set(deciding) - set(ROWS):
+        raise SystemExit(f"benchmark.plot: claims.csv decides {', '.join(unknown)}, which is none of {', '.join(ROWS)}")
+    for key, (figure, said) in ROWS.items():
+        cells = ["", "", "not run here"]
+        if row := deciding.get(key):
+            cells = [row["found"], row["claim"], f"[{row['verdict']}](study/{row['experiment']}.md)"]
+        lines.append(f"| {' | '.join([figure, said, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
+def page(name: str, rows: list[dict]) -> str:
+    """benchmark/study/NAME.md: figure, claims and tables of an experiment, all of them generated."""
+    kind, _, scale = name.partition("-")
+    parts = [f"# {STUDY[name]}", "", f"`bash benchmark/{kind}.sh {scale}".strip() + "`", ""]
+    parts += ["Written by `make figures`. How to read it: [benchmark/README.md](../README.md).", ""]
+    if Path(f"benchmark/figures/{name}.png").exists():
+        parts += [f"![{STUDY[name]}](../figures/{name}.png)", ""]
+    columns = ("claim", "paper", "expected", "found", "pairs", "verdict")
+    parts += head(["claim", "the paper", "expected here", "found here", "pairs", "reproduced?"])
+    parts += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows if row["experiment"] == name]
+    if results_of(name).exists() and kind in FIGURES:
+        parts += ["", table(name).rstrip()]
+    return "\n".join([*parts, ""])
 
 
 def results() -> str:
-    """The README's table: asynchronous runs beside synchronous ones, of three seeds or more."""
-    lines = head(["task", "algorithm", "before", "asynchronous", "synchronous", "difference", "`split`", "`colocate`"])
-    for name, measure, policy in (("async_vs_sync", "win_rate", "sft-m"), ("math", "accuracy", "sft")):
-        rows = select(read(name), {"policy": policy})
-        for (task, algorithm), group in groups(rows, ("task", "algorithm")).items():
-            start = [row for row in group if row["way"] == "S=1" and row["version"] == 0]
-            values = [start, *(select(last(group), {"way": way}) for way in ("S=1", "split"))]
-            values = [[100 * row[measure] for row in part] for part in values]
-            cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f} %" for v in values]
-            cells.append(
-                "{:+.1f} [{:+.1f}, {:+.1f}]".format(*t_interval(differences(group, "way=S=1", "way=split", measure)))
-            )
-            for way in ("split", "colocate"):
-                slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
-                cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in ratio_interval(slower))))
-            lines.append(f"| {' | '.join([task, algorithm, *cells])} |")
+    """The README's table: asynchronous runs beside synchronous ones, of policy m on tldr-tiny."""
+    lines = head(["algorithm", "before", "asynchronous", "synchronous", "difference", "`split`", "`colocate`"])
+    rows = select(read("async_vs_sync"), {"policy": "sft-m"})
+    for (algorithm,), group in groups(rows, ("algorithm",)).items():
+        start = [row for row in group if row["way"] == "S=1" and row["version"] == 0]
+        values = [start, *(select(last(group), {"way": way}) for way in ("S=1", "split"))]
+        values = [[100 * row["win_rate"] for row in part] for part in values]
+        cells = [f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f} %" for v in values]
+        cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*t_interval(differences(group, "way=S=1", "way=split"))))
+        for way in ("split", "colocate"):
+            slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
+            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in ratio_interval(slower))))
+        lines.append(f"| {' | '.join([algorithm, *cells])} |")
     return "\n".join([*lines, ""])
 
 
@@ -475,8 +479,8 @@ def weights() -> None:
 
 
 def main(*names: str) -> None:
-    Path("benchmark/figures").mkdir(exist_ok=True)
-    page = Path("benchmark/README.md")
+    for folder in ("figures", "study"):
+        Path("benchmark", folder).mkdir(exist_ok=True)
     if not names:
         weights()
     names_of = {kind: (kind, f"{kind}-docstrings", f"{kind}-paper") for kind in FIGURES}
@@ -486,13 +490,13 @@ def main(*names: str) -> None:
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(have)}")
         (lag if name.startswith("lag") else draw)(name)
         if name.endswith("-paper"):
-            Path(f"benchmark/figures/{name}.md").write_text(table(name))
-        else:
-            include(page, name, table(name))
-        print(f"benchmark/figures/{name}.png, and its table")
-    for name, new in zip(("digest", "claims"), claims()):
-        include(page, name, new)
-    if not names or {"async_vs_sync", "math"} & set(names):
+            Path(f"benchmark/study/{name}.md").write_text(table(name))
+        print(f"benchmark/figures/{name}.png, and its tables")
+    rows = judged()
+    for name in STUDY:
+        Path(f"benchmark/study/{name}.md").write_text(page(name, rows))
+    include(Path("benchmark/README.md"), "digest", digest(rows))
+    if not names or "async_vs_sync" in names:
         include(Path("README.md"), "results", results())
 
 

@@ -139,17 +139,15 @@ def test_a_way_has_one_colour_in_all_panels(tmp_path, monkeypatch):
 def test_pages_show_what_the_results_say(monkeypatch):
     """`make figures` would change no table."""
     monkeypatch.chdir(HERE)
-    study = [
-        (path.stem, plot.table(path.stem))
-        for path in Path("benchmark/results").glob("*.csv")
-        if path.stem.partition("-")[0] in plot.FIGURES
-    ]
-    for page, blocks in [
-        ("README.md", [("results", plot.results())]),
-        ("benchmark/README.md", [*zip(("digest", "claims"), plot.claims()), *study]),
+    rows = plot.judged()
+    for page, name, block in [
+        ("README.md", "results", plot.results()),
+        ("benchmark/README.md", "digest", plot.digest(rows)),
     ]:
-        for name, block in blocks:
-            assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
+        assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
+    for name in plot.STUDY:
+        assert Path(f"benchmark/study/{name}.md").read_text() == plot.page(name, rows), name
+    assert {row["experiment"] for row in rows} == set(plot.STUDY)
 
 
 def test_intervals():
@@ -176,11 +174,11 @@ def test_a_point_of_several_tasks_is_not(monkeypatch):
     assert "Task prepared 1, 2, 3, 4, 5." in plot.table("samples")
 
 
-def test_a_claim_without_a_finding_is_refused(monkeypatch):
+def test_a_claim_that_decides_an_unknown_row_is_refused(monkeypatch):
     monkeypatch.chdir(HERE)
-    monkeypatch.delitem(plot.FINDINGS, ("samples", "kl", "higher"))
-    with pytest.raises(SystemExit, match="FINDINGS lacks .*samples"):
-        plot.claims()
+    monkeypatch.delitem(plot.ROWS, "samples")
+    with pytest.raises(SystemExit, match="claims.csv decides samples, which is none of good"):
+        plot.digest(plot.judged())
 
 
 def test_a_wrong_scale_is_refused():
@@ -220,17 +218,19 @@ def test_a_grid_runs_goes_on_and_draws(task, tmp_path, monkeypatch, capsys):
     assert [(row["seed"], row["jobs"]) for row in rows] == [(seed, "2") for seed in "12" for _ in range(3)]
     assert all(row["commit"] and row["machine"] and row["cores"] == str(os.cpu_count()) for row in rows)
     page = tmp_path / "benchmark/README.md"
-    page.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in ("digest", "claims", "lag")))
+    page.write_text("<!-- digest -->\n<!-- end -->\n")
     (tmp_path / "benchmark/claims.csv").write_text(
-        "experiment,claim,paper,expected,measure,plus,minus\n"
-        "lag,nothing,,,win_rate,S=1,S=1\nlag,to come,,,win_rate,S=2,S=1\n"
+        "experiment,claim,paper,expected,measure,plus,minus,decides\n"
+        "lag,nothing,equal,,win_rate,S=1,S=1,good\nlag,to come,,,win_rate,S=2,S=1,\n"
     )
     third = [{key: value.replace("--seed=2", "--seed=3") for key, value in row.items()} for row in rows[3:]]
     with open("benchmark/results/lag.csv", "a") as f:  # of another machine
         csv.DictWriter(f, rows[0]).writerows(row | {"seed": "3"} for row in third)
     plot.main("lag")
-    assert "win_rate" in page.read_text() and "+0.0 [+0.0, +0.0] points | 3" in page.read_text()
-    assert "to come" in page.read_text().partition("Not run yet")[2]
+    assert "+0.0 [+0.0, +0.0] points | nothing | [yes](study/lag.md)" in page.read_text()
+    study = (tmp_path / "benchmark/study/lag.md").read_text()
+    assert "win_rate" in study and "+0.0 [+0.0, +0.0] points | 3 | yes |" in study
+    assert "| to come |  |  |  | 0 | not run |" in study
     assert os.path.exists("benchmark/figures/lag.png")
 
     run.main("lag", script, *options, "--seed=1,2")
