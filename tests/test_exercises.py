@@ -49,7 +49,7 @@ def records(folder):
 @pytest.mark.parametrize("number", CHANGED)
 def test_an_exercise_shows_what_its_page_says(number, task, tmp_path):
     path = changed(number, tmp_path)
-    flags = {1: dict(max_staleness=3)}.get(number, {})
+    flags = {1: dict(max_staleness=3), 10: dict(response_length=60, total_episodes=512)}.get(number, {})
     done = train(task, path, tmp_path / "run", **flags)
     if number == 3:
         assert done.returncode and "vLLM has other weights" in done.stderr
@@ -68,4 +68,4 @@ def test_an_exercise_shows_what_its_page_says(number, task, tmp_path):
     elif number == 6:
         assert sum(line["loss_clipped"] for line in mine) < sum(line["loss_clipped"] for line in theirs)
     elif number == 10:
-        assert mine[-1]["accuracy"] > 0.5 and mine[-1]["score"] < theirs[-1]["score"]
+        assert sum(line["score"] for line in mine[-4:]) < sum(line["score"] for line in theirs[-4:])
