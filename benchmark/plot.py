@@ -57,7 +57,14 @@ FIGURES = {
     "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
-COLUMNS = ("async_vs_sync", "losses", "epochs", "lag", "lag_preparations", "math")  # a column for each algorithm
+# A column for each value, in this order; else all panels stand in one row.
+COLUMNS = {"async_vs_sync": "policy"}
+COLUMNS |= dict.fromkeys(("losses", "epochs", "lag", "lag_preparations", "math"), "algorithm")
+ORDER = ["online_dpo", "rloo", "ppo", "sft-s", "sft-m", "sft-l"]
+SHOWN = {"async_vs_sync": {"algorithm": "online_dpo"}}  # in the figure, as in the paper's; the tables have all
+WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo": "PPO", "best_of_k": "best-of-2 SFT"}
+WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l"}
+WORDS |= {"rm-s": "reward model s", "rm-m": "reward model m"}
 OWN_LOSS = {
     "online_dpo": "dpo",
     "rloo": "proximal",
@@ -163,49 +170,69 @@ def text(value) -> str:
     return f"{value:g}" if isinstance(value, float) else value
 
 
-def line(axis, rows: list[dict], x: str, y: str, **look) -> None:
+def line(axis, rows: list[dict], x: str, y: str, **look) -> tuple[float, float]:
+    """Draw the mean of runs and its interval. Returns the last point."""
     points = groups(last(rows), (x,)) if x in DIALS else groups(timed(rows, x), ("version",))
     found = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
     where, middle, low, high = np.array(found).T
     axis.plot(where, middle, marker="o", markersize=3, **look)
     axis.fill_between(where, low, high, alpha=0.15, color=look["color"])
+    return where[-1], middle[-1]
+
+
+def label(axis, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Write the name of each line beside its last point (x, y, colour), no two on top of each other."""
+    low, high = axis.get_ylim()
+    below, line_height = -1.0, 0.055  # shares of the axis
+    for name, (x, y, colour) in sorted(ends.items(), key=lambda end: end[1][1]):
+        below = max((y - low) / (high - low), below + line_height)
+        place = dict(xytext=(1.01, below), textcoords="axes fraction", va="center", fontsize=8, color=colour)
+        arrow = dict(arrowstyle="-", color=colour, linewidth=0.4)
+        axis.annotate(name, (x, y), arrowprops=arrow, annotation_clip=False, **place)
+
+
+def name_of(lines: tuple, key: tuple) -> str:
+    """ "N = 4", "asynchronous", "policy s, reward model m, 0.0001"."""
+    words = [f"{DIALS[k][0]} = {text(value)}" if k in DIALS else text(value) for k, value in zip(lines, key)]
+    return ", ".join(WORDS.get(word, word) for word in words)
 
 
 def draw(name: str) -> None:
-    """A column of panels for each algorithm, or a row of all panels."""
-    rows, kind = read(name), name.partition("-")[0]
-    columns = groups(rows, ("algorithm",)) if kind in COLUMNS else {("",): rows}
+    """At most six panels: a column for each algorithm or policy, or one row. Names stand beside the lines."""
+    kind = name.partition("-")[0]
+    rows = select(read(name), SHOWN.get(kind, {}))
+    columns = groups(rows, (COLUMNS[kind],)) if kind in COLUMNS else {("",): rows}
+    titles = sorted(title for (title,) in columns)
+    titles.sort(key=lambda title: ORDER.index(title) if title in ORDER else 0)
+    columns = {title: columns[title,] for title in titles}
     panels = FIGURES[kind]
-    if kind == "async_vs_sync":  # rows for each size
-        sizes = groups(rows, ("policy",))
-        panels = [panel._replace(only={"policy": size}) for (size,) in sizes for panel in panels]
-    places = [(panel, part, title) for panel in panels for (title,), part in columns.items()]
     shape = (len(panels), len(columns)) if kind in COLUMNS else (1, len(panels))
-    size = (5.2 * shape[1], 4 * shape[0])
-    sharey = "row" if kind in COLUMNS else False
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
-    for axis, (panel, part, title) in zip(axes.flat, places):
+    options = dict(figsize=(4.4 * shape[1], 3.2 * shape[0]), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(*shape, sharey="row" if kind in COLUMNS else False, **options)
+    places = [(panel, part, title) for panel in panels for title, part in columns.items()]
+    ends = [{} for _ in places]
+    for i, (axis, (panel, part, title)) in enumerate(zip(axes.flat, places)):
         shown = select(part, panel.only)
-        if not shown:  # not run
-            axis.remove()
-            continue
         lines = varying(shown, panel.lines)
-        seen = [sorted({row[key] for row in part}) for key in lines]  # in all panels the same colours
-        for i, (key, group) in enumerate(groups(shown, lines).items()):
-            look = {"color": f"C{i}", "linestyle": "-", "label": ", ".join(map(text, key))}
+        alike = rows if kind == "async_vs_sync" else part  # in these panels a value has one colour
+        seen = [sorted({row[key] for row in alike}) for key in lines]
+        for j, (key, group) in enumerate(groups(shown, lines).items()):
+            look = {"color": f"C{j}", "linestyle": "-"}
             if 1 <= len(lines) <= 2:  # the first key is the colour, the second the dashes
                 colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0])[:2]
-                look |= {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes]}
+                look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes]}
             if key == ("colocate",) and panel.x == "episodes":  # it learns what split learns
                 continue
-            line(axis, group, panel.x, panel.y, **look)
-        axis.set(xlabel=LABELS[panel.x], ylabel=LABELS[panel.y])
-        axis.set_title(", ".join(filter(None, [title, panel.only.get("policy")])))
+            x, y = line(axis, group, panel.x, panel.y, **look)
+            ends[i][name_of(lines, key)] = x, y, look["color"]
         if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
-        if lines:
-            axis.legend(fontsize=7, handlelength=3.5, title=", ".join(lines), title_fontsize=7)
+        axis.set(xlabel=LABELS[panel.x], title=WORDS.get(title, title) if i < shape[1] else "")
+        if i % shape[1] == 0 or kind not in COLUMNS:
+            axis.set_ylabel(LABELS[panel.y])
+    for axis, last_points in zip(axes.flat, ends):  # now that the axes have their limits
+        label(axis, last_points)
     figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
     plt.close(figure)
 
