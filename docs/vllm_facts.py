@@ -3,6 +3,7 @@
 docs/vllm.md says what each of them means. The model is tiny and random, so nothing is downloaded.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 import psutil
@@ -65,6 +66,15 @@ def other_weights(folder: str, tied: bool = True) -> str:
     return path
 
 
+def processes() -> dict[int, str]:
+    """vLLM's processes that this one has started, by number."""
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found[child.pid] = " ".join(child.cmdline()).strip()
+    return {pid: name for pid, name in found.items() if name.startswith("VLLM")}
+
+
 def close(llm) -> None:
     llm.llm_engine.engine_core.shutdown()
 
@@ -103,9 +113,7 @@ def executors(folder: str) -> None:
 
     for backend in ("uni", UniProcExecutor):
         llm = engine(f"{folder}/policy", distributed_executor_backend=backend)
-        names = [" ".join(child.cmdline())[:40] for child in psutil.Process().children(recursive=True)]
-        names = [name for name in names if name.startswith("VLLM")]
-        print(f"distributed_executor_backend={backend}: processes {names}")
+        print(f"distributed_executor_backend={backend}: processes {', '.join(processes().values())}")
         close(llm)
 
 
@@ -123,8 +131,7 @@ def an_engine_outlives_its_parent(folder: str) -> None:
 
 def parent(folder: str) -> None:
     llm = engine(f"{folder}/policy")
-    pid = next(p.pid for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline()))
-    print(f"engine {pid}", flush=True)
+    print(f"engine {next(iter(processes()))}", flush=True)
     time.sleep(600)
     close(llm)
 
@@ -134,9 +141,8 @@ def a_death_that_is_not_told(folder: str) -> None:
     thread = threading.Thread(target=sample, args=(llm, PROMPTS * 64), kwargs=dict(max_tokens=30), daemon=True)
     thread.start()
     time.sleep(1)
-    for child in psutil.Process().children(recursive=True):
-        if "EngineCore" in " ".join(child.cmdline()):
-            child.kill()
+    for pid in processes():
+        os.kill(pid, signal.SIGKILL)
     thread.join(timeout=20)
     dead = llm.llm_engine.engine_core.resources.engine_dead
     print(f"20 s after the engine was killed: the thread waits {thread.is_alive()}; the flag engine_dead is {dead}")
