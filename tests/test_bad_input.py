@@ -83,6 +83,7 @@ CASES = [  # script, flags ({} is the folder of the tiny task), what the line mu
     (DPO, dict(model="{}/remote-code"), "--model {}/remote-code: "),
     (DPO, dict(output_dir="{}/data"), "--output-dir {}/data: it is not empty and holds no run: name a new folder"),
     (DPO, dict(output_dir="{}/policy/config.json"), "--output-dir {}/policy/config.json: it holds a finished run, or"),
+    (DPO, dict(output_dir="{}/policy/config.json/run"), "config.json/run: [Errno 20] Not a directory"),
 ]  # fmt: skip
 
 
