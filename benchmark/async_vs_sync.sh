@@ -11,7 +11,6 @@ scales="tiny or docstrings or paper"
 algos=(online_dpo rloo ppo) timed=${SEEDS:-1,2,3,4,5} side_by_side=
 case $scale in
 tiny)
-    prepare_sizes
     flags+=(--total-episodes 3072 --learning-rate 2e-4 --eval-every 6) # still rising
     [ -n "${SEEDS:-}" ] || timed=1,2,3 side_by_side=4,5
     ;;

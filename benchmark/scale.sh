@@ -2,7 +2,6 @@
 # Figure 5 of the paper: a larger policy bears more off-policyness, a larger reward model does not help. Online DPO.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
-prepare_sizes
 batches=1,4,16
 [ "$scale" = paper ] || batches+=,64
 for model in "${sizes[@]}"; do

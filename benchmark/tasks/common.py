@@ -44,16 +44,11 @@ class Preparation:
         self.done = bool(old) and path.name == "info.json" and old["args"] == self.args
         if self.done:
             print(f"{self.folder} is ready (same arguments); delete it to prepare it again")
-        elif old and self._how(old["args"]) == self._how(self.args):
-            self.info = {**old, "args": self.args}
+        elif old and old["args"] == self.args:
+            self.info = old
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-
-    @staticmethod
-    def _how(args):
-        """Lists (sizes) say what to prepare and may grow; all other arguments say how, and must not change."""
-        return {key: value for key, value in args.items() if not isinstance(value, list)}
 
     def stage(self, name, build):
         """Call build(folder) -> dict of numbers to record, unless the stage's folder is already there."""
@@ -170,39 +165,92 @@ def schedule(optimizer, steps, warmup=20):
     return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [warmup])
 
 
-def sft(model, tokenizer, queries, responses, steps, batch, lr, log_every=50):
-    """Next-token loss on response tokens and EOS only, on random mini-batches; returns the mean of the last losses."""
-    prompt_ids = tokenizer(queries)["input_ids"]
-    response_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(responses)["input_ids"]]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    scheduler, losses, start = schedule(optimizer, steps), [], time.time()
-    order = []
+class Muon(torch.optim.Optimizer):
+    """Muon (kellerjordan.github.io/posts/muon) in float32: the momentum of a matrix, made orthogonal.
+
+    torch.optim.Muon multiplies in bfloat16, which makes a step here three times as long. `lr` is on AdamW's scale
+    (arXiv 2502.16982).
+    """
+
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                mean.lerp_(weight.grad, 1 - momentum)
+                update = orthogonal(weight.grad.lerp(mean, momentum))
+                weight.mul_(1 - lr * group["weight_decay"]).sub_(update, alpha=0.2 * lr * max(weight.shape) ** 0.5)
+
+
+def orthogonal(matrix):
+    """The matrix with all its singular values moved near 1, by five Newton-Schulz iterations."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (2.0315 * gram @ gram - 4.7750 * gram) @ matrix
+    return matrix
+
+
+def train(model, rows, loss_of, steps, batch, lr, muon=False, log_every=50):
+    """Take `steps` steps on the loss of random mini-batches of `rows` rows; returns the mean of the last losses.
+
+    loss_of(indices) -> scalar. With `muon` the matrices of the layers are Muon's, at `lr`, all else AdamW's, at 3e-3.
+    """
+    layers = set(model.base_model.layers.parameters()) if muon else set()
+    matrices = [weight for weight in model.parameters() if weight in layers and weight.ndim == 2]
+    others = [weight for weight in model.parameters() if weight not in layers or weight.ndim != 2]
+    optimizers = [torch.optim.AdamW(others, lr=3e-3 if muon else lr, betas=(0.9, 0.95), weight_decay=0.01)]
+    optimizers += [Muon(matrices, lr)] if muon else []
+    schedules = [schedule(optimizer, steps) for optimizer in optimizers]
+    losses, start, order = [], time.time(), []
     model.train()
     for step in range(1, steps + 1):
         if len(order) < batch:
-            order = torch.randperm(len(queries)).tolist()
-        rows, order = order[:batch], order[batch:]
-        ids, _ = pad([prompt_ids[i] + response_ids[i] for i in rows], tokenizer.pad_token_id)
-        labels, _ = pad([[-100] * len(prompt_ids[i]) + response_ids[i] for i in rows], -100)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # causal: no mask needed
-        counted = labels[:, 1:] != -100  # a large vocabulary's output layer costs much: only where it is needed
-        loss = F.cross_entropy(model.get_output_embeddings()(hidden[counted]).float(), labels[:, 1:][counted])
-        optimizer.zero_grad()
+            order = torch.randperm(rows).tolist()
+        indices, order = order[:batch], order[batch:]
+        loss = loss_of(indices)
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
+        for part in [*optimizers, *schedules]:
+            part.step()
         losses.append(loss.item())
         if step % log_every == 0 or step == steps:
             recent = sum(losses[-log_every:]) / len(losses[-log_every:])
-            print(f"  sft step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
+            print(f"  step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
     model.eval()
     return recent
 
 
+def sft_loss(model, tokenizer, queries, responses):
+    """A function of row numbers: the mean next-token loss on their response tokens and EOS."""
+    prompt_ids = tokenizer(queries)["input_ids"]
+    response_ids = [ids + [tokenizer.eos_token_id] for ids in tokenizer(responses)["input_ids"]]
+
+    def loss_of(rows):
+        ids, _ = pad([prompt_ids[i] + response_ids[i] for i in rows], tokenizer.pad_token_id)
+        labels, _ = pad([[-100] * len(prompt_ids[i]) + response_ids[i] for i in rows], -100)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # causal: no mask needed
+        counted = labels[:, 1:] != -100  # a large vocabulary's output layer costs much: only where it is needed
+        return F.cross_entropy(model.get_output_embeddings()(hidden[counted]).float(), labels[:, 1:][counted])
+
+    return loss_of
+
+
+def sft(model, tokenizer, queries, responses, *args, **options):
+    """train() on sft_loss()."""
+    return train(model, len(queries), sft_loss(model, tokenizer, queries, responses), *args, **options)
+
+
 @torch.no_grad()
-def sample(model, tokenizer, queries, temperature, max_new_tokens, batch=256):
-    """One response per query, decoded without special tokens, and whether each one ended by itself."""
+def sample(model, tokenizer, queries, temperature, max_new_tokens, samples=1, batch=256):
+    """`samples` responses per query in a row, decoded without special tokens, and whether each one ended by itself."""
     texts, ended = [], []
     model.eval()
     for start in range(0, len(queries), batch):
@@ -216,6 +264,7 @@ def sample(model, tokenizer, queries, temperature, max_new_tokens, batch=256):
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
+            num_return_sequences=samples,
         )[:, ids.shape[1] :]
         texts += tokenizer.batch_decode(output, skip_special_tokens=True)
         ended += (output == tokenizer.eos_token_id).any(1).tolist()
@@ -241,33 +290,18 @@ def score(model, tokenizer, queries, responses, batch=256):
     ]
 
 
-def train_reward_model(sft_folder, tokenizer, queries, chosen, rejected, batch, lr, epochs=1, log_every=50):
+def train_reward_model(sft_folder, tokenizer, queries, chosen, rejected, batch, lr, epochs=1, **options):
     """Pairwise logistic loss from the SFT body, then scaled so that scores have unit standard deviation.
 
     The small second term of the loss pulls the mean score to zero (the pairwise loss alone leaves it open)."""
     model = AutoModelForSequenceClassification.from_pretrained(sft_folder, num_labels=1, dtype=torch.float32)
-    steps = epochs * (len(queries) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    scheduler, losses, start = schedule(optimizer, steps), [], time.time()
-    order = []
-    model.train()
-    for step in range(1, steps + 1):
-        if len(order) < batch:
-            order = torch.randperm(len(queries)).tolist()
-        rows, order = order[:batch], order[batch:]
+
+    def loss_of(rows):
         texts = [chosen[i] for i in rows] + [rejected[i] for i in rows]
         better, worse = rm_scores(model, tokenizer, [queries[i] for i in rows] * 2, texts).chunk(2)
-        loss = -F.logsigmoid(better - worse).mean() + 0.01 * (better + worse).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        if step % log_every == 0 or step == steps:
-            recent = sum(losses[-log_every:]) / len(losses[-log_every:])
-            print(f"  rm step {step}/{steps} loss {recent:.3f} {time.time() - start:.0f} s", flush=True)
-    model.eval()
+        return -F.logsigmoid(better - worse).mean() + 0.01 * (better + worse).square().mean()
+
+    train(model, len(queries), loss_of, epochs * (len(queries) // batch), batch, lr, **options)
     scores = torch.tensor(score(model, tokenizer, queries[:512] * 2, chosen[:512] + rejected[:512]))
     model.score.weight.data /= scores.std()
     return model

@@ -2,24 +2,24 @@
 
 1. Posts state seven facts among noise sentences; reference summaries are human-like: they leave facts out
    (mostly the ones that matter most), sometimes get one wrong, sometimes mention noise.
-2. A small Llama is trained from scratch on the references of the train split: the SFT policy.
+2. Three small Llamas learn from scratch on 2,500 references, each until its held-out loss falls no more: SFT policies.
 3. `gold` scores a summary by rules, from the facts. Training never sees it, except through its labels of
-4. pairs of SFT samples, from which a proxy reward model learns. RL prompts are the same train split.
+4. pairs of samples of all three policies, from which two proxy reward models learn.
 
-Run: python -m benchmark.tasks.tldr_tiny   (writes tasks/tldr-tiny/{data,sft-m,rm-m}/ and info.json)
+Run: python -m benchmark.tasks.tldr_tiny
+     (writes tasks/tldr-tiny/{data,sft-s,sft-m,sft-l,pairs,rm-m,rm-l}/ and info.json, in about 2 minutes on two cores)
 """
 
 import itertools
 import json
 import random
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import tyro
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmark.tasks.common import (
@@ -30,6 +30,7 @@ from benchmark.tasks.common import (
     score,
     set_seed,
     sft,
+    sft_loss,
     small_llama,
     train_reward_model,
     word_tokenizer,
@@ -86,40 +87,35 @@ WRONG, REPEATED, UNGRAMMATICAL = 0.7, 0.7, 0.5
 FREE_LENGTH, PER_WORD = 18, 0.2
 
 MAX_NEW_TOKENS = 32
-SIZES = {"s": (96, 3, 256), "m": (128, 4, 384), "l": (192, 5, 512)}  # hidden, layers, intermediate
-SFT_STEPS, SFT_LR = 500, {"s": 4e-3, "m": 3e-3, "l": 1.5e-3}  # batches of 32
-RM_PROMPTS, RM_LR = 3_000, {"s": 1e-3, "m": 5e-4}
+SIZES = {"s": (64, 1, 128), "m": (64, 2, 64), "l": (96, 3, 256)}  # hidden, layers, intermediate
+SFT_STEPS, SFT_LR = {"s": 400, "m": 500, "l": 320}, {"s": 8e-3, "m": 8e-3, "l": 6e-3}  # batches of 32
+REWARD_SIZES, RM_PROMPTS, RM_LR = ["m", "l"], 1_000, 4e-3  # prompts of each policy
 
 
 @dataclass
 class Args:
     seed: int = 1
     """seed of the data, the models and the sampling; of another than 1 the folder is tasks/tldr-tiny-SEED"""
-    sizes: list[Literal["s", "m", "l"]] = field(default_factory=lambda: ["m"])
-    """policy sizes to prepare (s 0.35M, m 0.9M, l 2.2M parameters)"""
-    reward_sizes: list[Literal["s", "m"]] = field(default_factory=lambda: ["m"])
-    """reward model sizes to prepare (each starts from the SFT policy of its size; all learn from samples of m)"""
-    train_size: int = 20_000
-    """posts in the train split (SFT, reward model pairs and RL prompts all come from it)"""
-    validation_size: int = 1_024
-    """posts in the validation split (for choosing flags), and as many in the test split (for results)"""
 
 
 def make_row(rng):
     """One post, its reference summary, and the facts as a JSON string."""
     facts = {slot: rng.choice(words) for slot, words in SLOTS.items()}
-    noise = {slot: rng.choice([w for w in words if w != facts[slot]]) for slot, words in SLOTS.items()}
-    sentences = [s.format(**facts) for s in FACTS]
-    sentences += [s.format(**noise) for s in rng.sample(NOISE, rng.choice([1, 2, 3]))]
+
+    def others():
+        return {slot: rng.choice([w for w in words if w != facts[slot]]) for slot, words in SLOTS.items()}
+
+    noise = [others() for _ in range(rng.choice([2, 3, 4]))]
+    sentences = [s.format(**facts) for s in FACTS] + [rng.choice(NOISE).format(**words) for words in noise]
     rng.shuffle(sentences)
     query = f"SUBREDDIT: {rng.choice(SUBREDDITS)} TITLE: {rng.choice(TITLES)} POST: {' '.join(sentences)} TL;DR:"
     written = dict(facts)
     if rng.random() < WRONG_SLOT:
         slot = rng.choice(list(SLOTS))
-        written[slot] = noise[slot]
+        written[slot] = noise[0][slot]
     clauses = [clause.format(**written) for clause, probability in CLAUSES if rng.random() < probability]
     if rng.random() < NOISE_CLAUSE:
-        clauses.append(NOISE_SUMMARY.format(**noise))
+        clauses.append(NOISE_SUMMARY.format(**noise[0]))
     return {"query": query, "reference": " " + " ".join(clauses), "facts": json.dumps(facts)}
 
 
@@ -169,78 +165,85 @@ def vocabulary():
 
 def build_data(folder, args):
     rng = random.Random(args.seed)
-    sizes = {"train": args.train_size, "validation": args.validation_size, "test": args.validation_size}
+    sizes = {"train": 20_000, "validation": 1_024, "test": 1_024, "demonstrations": 2_500}
     splits = {split: Dataset.from_list([make_row(rng) for _ in range(size)]) for split, size in sizes.items()}
     DatasetDict(splits).save_to_disk(folder)
-    return {**sizes, "reference_gold": statistics.mean(gold(None, *column_lists(splits["validation"])))}
+    return {**sizes, "reference_gold": statistics.mean(gold(None, *columns_of(splits["validation"])))}
 
 
-def column_lists(rows):
+def columns_of(rows):
     """The references and facts of some rows, as gold takes them."""
     return list(rows["reference"]), list(rows["facts"])
 
 
-def build_sft(folder, args, size, data):
-    """Train from scratch, then the gold win-rate against the references of 512 validation posts."""
+def build_sft(folder, args, size):
+    """Train from scratch; then the loss and the gold win-rate (sampled at 0.7) on 2,048 held-out posts."""
     set_seed(args.seed)
+    data = load_from_disk(folder.parent / "data")
     tokenizer = word_tokenizer(vocabulary())
     model = small_llama(tokenizer, *SIZES[size])
-    train, validation = data["train"], data["validation"].select(range(512))
-    loss = sft(model, tokenizer, list(train["query"]), list(train["reference"]), SFT_STEPS, batch=32, lr=SFT_LR[size])
+    rows, held_out = data["demonstrations"], concatenate_datasets([data["validation"], data["test"]])
+    queries, references, facts = list(held_out["query"]), *columns_of(held_out)
+    sft(model, tokenizer, list(rows["query"]), list(rows["reference"]), SFT_STEPS[size], 32, SFT_LR[size], muon=True)
     save(folder, model, tokenizer)
-    references, facts = column_lists(validation)
-    numbers = {"parameters": model.num_parameters(), "loss": round(loss, 3)}
-    for temperature in (0.01, 0.7):
-        responses, ended = sample(model, tokenizer, list(validation["query"]), temperature, MAX_NEW_TOKENS)
-        wins = [a > b for a, b in zip(gold(None, responses, facts), gold(None, references, facts))]
-        numbers[f"win_rate_T{temperature}"] = round(statistics.mean(wins), 3)
-        numbers[f"ended_T{temperature}"] = round(statistics.mean(ended), 3)
-    return numbers
+    with torch.no_grad():
+        loss = sft_loss(model, tokenizer, queries, references)(range(len(queries)))
+    numbers = {"parameters": model.num_parameters(), "held_out_loss": round(loss.item(), 3)}
+    responses, ended = sample(model, tokenizer, queries, 0.7, MAX_NEW_TOKENS)
+    wins = [a > b for a, b in zip(gold(None, responses, facts), gold(None, references, facts))]
+    return numbers | {"win_rate_T0.7": round(statistics.mean(wins), 3), "ended_T0.7": round(statistics.mean(ended), 3)}
 
 
-def build_rm(folder, args, size, data):
-    """Pairs of samples of sft-m labelled by gold (ties dropped), one epoch; accuracy on held-out pairs."""
+def build_pairs(folder, args):
+    """Two samples of each policy on its own prompts, ordered by gold; ties are left out."""
     set_seed(args.seed + 1)
-    source, sampled = (folder.parent / f"sft-{name}" for name in (size, "m"))
+    data = load_from_disk(folder.parent / "data")
+    pairs = {}
+    for split, prompts in (("train", RM_PROMPTS), ("validation", 320)):
+        pairs[split] = []
+        for i, size in enumerate(SIZES):
+            policy = AutoModelForCausalLM.from_pretrained(folder.parent / f"sft-{size}", dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder.parent / f"sft-{size}")
+            rows = data[split].select(range(i * prompts, (i + 1) * prompts))
+            texts, _ = sample(policy, tokenizer, list(rows["query"]), 1.0, MAX_NEW_TOKENS, samples=2)
+            scores = gold(None, texts, [facts for facts in rows["facts"] for _ in range(2)])
+            for query, first, second, a, b in zip(rows["query"], texts[::2], texts[1::2], scores[::2], scores[1::2]):
+                chosen, rejected = (first, second) if a > b else (second, first)
+                if a != b:
+                    pairs[split].append({"prompt": query, "chosen": chosen, "rejected": rejected, "policy": size})
+    DatasetDict({split: Dataset.from_list(rows) for split, rows in pairs.items()}).save_to_disk(folder)
+    return {split: len(rows) for split, rows in pairs.items()}
+
+
+def build_rm(folder, args, size):
+    """From the SFT policy of its size, on the pairs of all policies; then its accuracy on held-out pairs."""
+    set_seed(args.seed + 2)
+    pairs = load_from_disk(folder.parent / "pairs")
+    source = folder.parent / f"sft-{size}"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    policy = AutoModelForCausalLM.from_pretrained(sampled, dtype=torch.float32)
-
-    def pairs(rows):
-        queries, facts = list(rows["query"]), list(rows["facts"])
-        a, b = (sample(policy, tokenizer, queries, 1.0, MAX_NEW_TOKENS)[0] for _ in range(2))
-        labels = zip(gold(None, a, facts), gold(None, b, facts))
-        kept = [(q, *((x, y) if gx > gy else (y, x))) for q, x, y, (gx, gy) in zip(queries, a, b, labels) if gx != gy]
-        return [list(column) for column in zip(*kept)]
-
-    train = pairs(data["train"].select(range(RM_PROMPTS)))
-    queries, chosen, rejected = pairs(data["validation"].select(range(512)))
-    model = train_reward_model(source, tokenizer, *train, batch=32, lr=RM_LR[size])
+    train, held_out = ([list(pairs[s][c]) for c in ("prompt", "chosen", "rejected")] for s in ("train", "validation"))
+    model = train_reward_model(source, tokenizer, *train, batch=32, lr=RM_LR, muon=True)
     save(folder, model, tokenizer)
-    better, worse = (torch.tensor(score(model, tokenizer, queries, texts)) for texts in (chosen, rejected))
-    both = torch.cat([better, worse])
+    better, worse = (torch.tensor(score(model, tokenizer, held_out[0], texts)) for texts in held_out[1:])
     return {
         "parameters": model.num_parameters(),
-        "pairs": len(train[0]),
         "pair_accuracy": round((better > worse).float().mean().item(), 3),
-        "score_mean": round(both.mean().item(), 3),
-        "score_std": round(both.std().item(), 3),
+        "score_mean": round(torch.cat([better, worse]).mean().item(), 3),
+        "score_std": round(torch.cat([better, worse]).std().item(), 3),
     }
 
 
 def main(args):
     task = Preparation("tldr-tiny", args)
-    repeatable(threads=1)  # so small a model gains little from two
+    repeatable(threads=2)
     if task.done:
         return
     task.stage("data", partial(build_data, args=args))
-    data = load_from_disk(task.folder / "data")
-    needed = (
-        {"m", *args.reward_sizes} if args.reward_sizes else set()
-    )  # a reward model starts from the policy of its size
-    for size in sorted({*args.sizes, *needed}):
-        task.stage(f"sft-{size}", partial(build_sft, args=args, size=size, data=data))
-    for size in args.reward_sizes:
-        task.stage(f"rm-{size}", partial(build_rm, args=args, size=size, data=data))
+    for size in SIZES:
+        task.stage(f"sft-{size}", partial(build_sft, args=args, size=size))
+    task.stage("pairs", partial(build_pairs, args=args))
+    for size in REWARD_SIZES:
+        task.stage(f"rm-{size}", partial(build_rm, args=args, size=size))
     task.finish()
 
 
