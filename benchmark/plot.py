@@ -13,6 +13,7 @@ zero or, where the paper finds no difference, within MARGIN. `decides`: the row 
 
 import contextlib
 import csv
+import json
 import re
 import sys
 from collections import defaultdict
@@ -477,6 +478,19 @@ def results() -> str:
     return "\n".join([*lines, ""])
 
 
+def premise() -> str:
+    """tldr-tiny's policies by size, from results/tldr-tiny.json (its info.json) and results/learning_rates.csv."""
+    found = json.loads(Path("benchmark/results/tldr-tiny.json").read_text())["numbers"]
+    lines = head(["policy", "parameters", "held-out loss", "win-rate before", "gain at N = 1", "learning rate"])
+    for (policy,), group in groups(read("learning_rates"), ("policy",)).items():
+        numbers, best = found[policy], max(last(group), key=lambda row: row["win_rate"])
+        start = next(row for row in group if row["command"] == best["command"])["win_rate"]
+        cells = [f"{numbers['parameters']:,}", f"{numbers['held_out_loss']:.3f}", f"{numbers['win_rate_T0.7']:.1%}"]
+        cells += [f"{100 * (best['win_rate'] - start):+.1f} points", text(best["learning_rate"])]
+        lines.append(f"| {' | '.join([policy, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
 def include(page: Path, name: str, new: str) -> None:
     """Put a table into the page, between <!-- NAME --> and <!-- end -->."""
     found, count = re.subn(
@@ -525,6 +539,8 @@ def main(*names: str) -> None:
     include(Path("benchmark/README.md"), "digest", digest(rows))
     if not names or "async_vs_sync" in names:
         include(Path("README.md"), "results", results())
+    if not names:
+        include(Path("benchmark/tasks/README.md"), "premise", premise())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ case $scale in
 tiny)
     prepare "$task" "tasks/${task//_/-}/info.json"
     sizes=(tasks/tldr-tiny/sft-s tasks/tldr-tiny/sft-m tasks/tldr-tiny/sft-l)
-    other_reward=tasks/tldr-tiny/rm-l double=256
+    other_reward=tasks/tldr-tiny/rm-s double=256
     flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 1024
         --eval-temperature 0.7) # as in training: near-greedy, every response of so small a policy is one of three templates
     short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 1000)

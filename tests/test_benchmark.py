@@ -143,6 +143,7 @@ def test_pages_show_what_the_results_say(monkeypatch):
     for page, name, block in [
         ("README.md", "results", plot.results()),
         ("benchmark/README.md", "digest", plot.digest(rows)),
+        ("benchmark/tasks/README.md", "premise", plot.premise()),
     ]:
         assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
     for name in plot.STUDY:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from datasets import load_from_disk
 
 from benchmark.tasks import common, docstrings, gsm8k, math_tiny, no_robots, tldr_tiny
@@ -38,6 +39,32 @@ def test_tldr_posts_hold_their_facts_and_repeat_with_the_seed():
         words = row["query"].split()
         assert all(value in words for value in json.loads(row["facts"]).values())
         assert row["query"].endswith("TL;DR:") and row["reference"].startswith(" my ")
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_steps_as_torchs_does(shape):
+    """But for bfloat16, in which torch.optim.Muon multiplies: about one percent."""
+    torch.manual_seed(0)
+    start, goal = torch.randn(2, *shape)
+    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [common.Muon([mine], lr=0.01), torch.optim.Muon([theirs], lr=0.01, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(5):
+        for weight, optimizer in zip((mine, theirs), optimizers):
+            optimizer.zero_grad()
+            (weight - goal).pow(4).sum().backward()
+            optimizer.step()
+    moved = (theirs - start).norm()
+    assert moved > 0.1 and (mine - theirs).norm() < 0.02 * moved
+
+
+def test_orthogonal_keeps_the_directions_of_a_matrix():
+    torch.manual_seed(0)
+    matrix = torch.randn(8, 24)
+    values = torch.linalg.svdvals(common.orthogonal(matrix))
+    assert values.min() > 0.6 and values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    inside = left.T @ common.orthogonal(matrix) @ right.T
+    assert (inside - inside.diag().diag()).abs().max() < 1e-4
 
 
 def test_math_reward_reads_the_number_after_the_hashes():

@@ -7,7 +7,7 @@
 4. pairs of samples of all three policies, from which two proxy reward models learn.
 
 Run: python -m benchmark.tasks.tldr_tiny
-     (writes tasks/tldr-tiny/{data,sft-s,sft-m,sft-l,pairs,rm-m,rm-l}/ and info.json, in about 2 minutes on two cores)
+     (writes tasks/tldr-tiny/{data,sft-s,sft-m,sft-l,pairs,rm-m,rm-s}/ and info.json, in 2 to 3 minutes on two cores)
 """
 
 import itertools
@@ -89,7 +89,7 @@ FREE_LENGTH, PER_WORD = 18, 0.2
 MAX_NEW_TOKENS = 32
 SIZES = {"s": (64, 1, 128), "m": (64, 2, 64), "l": (96, 3, 256)}  # hidden, layers, intermediate
 SFT_STEPS, SFT_LR = {"s": 400, "m": 500, "l": 320}, {"s": 8e-3, "m": 8e-3, "l": 6e-3}  # batches of 32
-REWARD_SIZES, RM_PROMPTS, RM_LR = ["m", "l"], 1_000, 4e-3  # prompts of each policy
+REWARD_SIZES, RM_PROMPTS, RM_LR = ["m", "s"], 1_000, 4e-3  # prompts of each policy
 
 
 @dataclass
