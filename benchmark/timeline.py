@@ -109,8 +109,8 @@ def text(folder: str, seconds: float = 5.0, width: int = 100) -> str:
     return f"Who waited for whom: the last {seconds:.0f} s ({legend}, . waiting)\n{picture}"
 
 
-def draw(folder: str, seconds: float = 15.0) -> str:
-    """Draw the last seconds before the last update of the run in folder. Returns the picture's path."""
+def draw(folder: str, batches: int = 12) -> str:
+    """Draw the time of the last generated batches before the last update of the run in folder. Returns its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,6 +118,8 @@ def draw(folder: str, seconds: float = 15.0) -> str:
     from matplotlib.patches import Patch
 
     bars, end = read(folder)
+    begun = sorted(start for _, name, start, _, _ in bars if name == "generate" and start < end)
+    seconds = end - begun[-batches:][0]
     evals = [record for record in lines(folder, "metrics.jsonl") if "eval/score" in record]
     shape = dict(figsize=(11, 5.5), height_ratios=(1, 1.3), layout="constrained")
     figure, axes = plt.subplots(2, 1, **shape)
@@ -127,11 +129,11 @@ def draw(folder: str, seconds: float = 15.0) -> str:
             style = dict(color=COLORS[name], height=0.7, edgecolor="white")
             axes[0].barh(row[track], length, left=start - end + seconds, **style)
             label = {"generate": details.get("request", ""), "learn": f"learn {details.get('step')}"}.get(name, "")
-            if length > seconds / 30:
+            if length > seconds / 20:
                 middle = start - end + seconds + length / 2
                 axes[0].text(middle, row[track], label, ha="center", va="center", fontsize=7)
     axes[0].set(yticks=[0, 1], yticklabels=["learner", "generator (vLLM)"], xlim=(0, seconds), xlabel="seconds")
-    axes[0].set_title(f"Who waited for whom: the last {seconds:.0f} s of training (white: waiting)")
+    axes[0].set_title(f"Who waited for whom: the last {seconds:.1f} s of training (white: waiting)")
     legend = [Patch(color=color, label=name) for name, color in COLORS.items()]
     axes[0].legend(handles=legend, ncols=len(legend), fontsize=7, loc="lower center", bbox_to_anchor=(0.5, -0.5))
     versions = [r["version"] for r in evals]
