@@ -482,7 +482,8 @@ def premise() -> str:
     """tldr-tiny's policies by size, from results/tldr-tiny.json (its info.json) and results/learning_rates.csv."""
     found = json.loads(Path("benchmark/results/tldr-tiny.json").read_text())["numbers"]
     lines = head(["policy", "parameters", "held-out loss", "win-rate before", "gain at N = 1", "learning rate"])
-    for (policy,), group in groups(read("learning_rates"), ("policy",)).items():
+    rows = select(read("learning_rates"), {"algorithm": "online_dpo"})
+    for (policy,), group in groups(rows, ("policy",)).items():
         numbers, best = found[policy], max(last(group), key=lambda row: row["win_rate"])
         start = next(row for row in group if row["command"] == best["command"])["win_rate"]
         cells = [f"{numbers['parameters']:,}", f"{numbers['held_out_loss']:.3f}", f"{numbers['win_rate_T0.7']:.1%}"]
