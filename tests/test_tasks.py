@@ -45,16 +45,15 @@ def test_tldr_posts_hold_their_facts_and_repeat_with_the_seed():
 def test_muon_steps_as_torchs_does(shape):
     """But for bfloat16, in which torch.optim.Muon multiplies: about one percent."""
     torch.manual_seed(0)
-    start, goal = torch.randn(2, *shape)
+    start, *gradients = torch.randn(6, *shape)
     mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimizers = [common.Muon([mine], lr=0.01), torch.optim.Muon([theirs], lr=0.01, adjust_lr_fn="match_rms_adamw")]
-    for _ in range(5):
+    for gradient in gradients:
         for weight, optimizer in zip((mine, theirs), optimizers):
-            optimizer.zero_grad()
-            (weight - goal).pow(4).sum().backward()
+            weight.grad = gradient.clone()
             optimizer.step()
     moved = (theirs - start).norm()
-    assert moved > 0.1 and (mine - theirs).norm() < 0.02 * moved
+    assert moved > 0.05 and (mine - theirs).norm() < 0.02 * moved
 
 
 def test_orthogonal_keeps_the_directions_of_a_matrix():

@@ -2,7 +2,7 @@
 
 1. Posts state seven facts among noise sentences; reference summaries are human-like: they leave facts out
    (mostly the ones that matter most), sometimes get one wrong, sometimes mention noise.
-2. Three small Llamas learn from scratch on 2,500 references, each until its held-out loss falls no more: SFT policies.
+2. Three small Llamas learn from scratch on 2,500 references, until about where held-out loss is lowest: SFT policies.
 3. `gold` scores a summary by rules, from the facts. Training never sees it, except through its labels of
 4. pairs of samples of all three policies, from which two proxy reward models learn.
 
