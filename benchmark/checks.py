@@ -165,5 +165,5 @@ def first_batch(args, scores: Tensor, mean_length: float) -> str:
     if mean_length == args.response_length and (scores == args.missing_eos_score).all():
         return "Warning: no response of the first batch ended: is --response-length too short?"
     if args.samples_per_prompt > 1 and by_prompt.amax(1).equal(by_prompt.amin(1)):
-        return "Warning: in the first batch all scores of a prompt are equal: nothing to learn from them"
+        return "Warning: in the first batch all scores of a prompt are equal: does the reward tell responses apart?"
     return ""
