@@ -1,5 +1,5 @@
 # Docs, metrics and results: docs/sync_baseline.md
-"""Synchronous Online DPO, the plain loop: generate, label, learn, in turn. The opponent of async_online_dpo.py.
+"""Synchronous Online DPO, the plain loop: generate, label, learn, in turn. The baseline of async_online_dpo.py.
 
 Five steps, for every batch t:
   1. submit    the learner queues the prompts of batch t together with its present weights, version t
@@ -9,7 +9,7 @@ Five steps, for every batch t:
   4. learn     T epochs of num_mini_batches updates on the pairs, while vLLM waits; the weights are now version t+1
   5. evaluate  version t, now and then, after step 1: near-greedy responses to held-out prompts, and a gold reward
 `diff async_online_dpo.py sync_baseline.py` is the lesson: asynchrony is a deque of requests in flight. With --placement
-split one half of the devices idles (the protocol of arXiv 2410.18252); colocate is the strongest opponent.
+split one half of the devices idles (the protocol of arXiv 2410.18252); colocate is the strongest baseline.
 
 Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses; a learner has its share), P prompt length,
 R response length, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.

@@ -492,6 +492,21 @@ def premise() -> str:
     return "\n".join([*lines, ""])
 
 
+def steps() -> str:
+    """Step times of docs/speed.md: of every setting the last lines of part `steps` in results/speed.csv."""
+    with open("benchmark/results/speed.csv") as f:
+        found = {row["what"]: row for row in csv.DictReader(f) if row["part"] == "steps"}
+    whats = ("asynchronous step", "split / asynchronous", "colocate / asynchronous", "asynchronous step / its limit")
+    lines = head(["", "asynchronous step, s", *whats[1:], "date"])
+    for task in ("tldr-tiny", "math-tiny"):
+        for algorithm in ("online_dpo", "rloo", "ppo"):
+            rows = [found[f"{task}, async_{algorithm}: {what}"] for what in whats]
+            cells = [[float(row[key]) for key in ("median", "least", "most")] for row in rows]
+            cells = ["{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in cells]
+            lines.append(f"| {task}, {WORDS[algorithm]} | {' | '.join(cells)} | {rows[0]['date']} |")
+    return "\n".join([*lines, ""])
+
+
 def include(page: Path, name: str, new: str) -> None:
     """Put a table into the page, between <!-- NAME --> and <!-- end -->."""
     found, count = re.subn(
@@ -542,6 +557,7 @@ def main(*names: str) -> None:
         include(Path("README.md"), "results", results())
     if not names:
         include(Path("benchmark/tasks/README.md"), "premise", premise())
+        include(Path("docs/speed.md"), "steps", steps())
 
 
 if __name__ == "__main__":

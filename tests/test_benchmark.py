@@ -5,6 +5,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -144,11 +145,25 @@ def test_pages_show_what_the_results_say(monkeypatch):
         ("README.md", "results", plot.results()),
         ("benchmark/README.md", "digest", plot.digest(rows)),
         ("benchmark/tasks/README.md", "premise", plot.premise()),
+        ("docs/speed.md", "steps", plot.steps()),
     ]:
         assert f"<!-- {name} -->\n{block}<!-- end -->" in Path(page).read_text(), f"{page}: {name}"
     for name in plot.STUDY:
         assert Path(f"benchmark/study/{name}.md").read_text() == plot.page(name, rows), name
     assert {row["experiment"] for row in rows} == set(plot.STUDY)
+
+
+def test_the_numbers_on_speed_were_measured():
+    """Every number with a decimal point or a unit is a median, a least or a most in results/speed.csv, rounded."""
+    with open(f"{HERE}/benchmark/results/speed.csv") as f:
+        measured = [float(row[key]) for row in csv.DictReader(f) for key in ("median", "least", "most")]
+    page = re.sub("(?s)<!-- steps -->.*<!-- end -->", "", Path(HERE, "docs/speed.md").read_text())
+    page = page.replace("TRL (1.16)", "").replace("0.9 M", "")
+    numbers = re.findall(r"\d+\.\d+|[\d,]+(?= MiB| GFLOP)", page)
+    assert len(numbers) > 50
+    rounded = {digits: {round(value, digits) for value in measured} for digits in (0, 1, 2)}
+    for number in numbers:
+        assert float(number.replace(",", "")) in rounded[len(number.partition(".")[2])], number
 
 
 def test_intervals():
