@@ -6,9 +6,10 @@ README.md. Lines and bands are the mean over seeds and its 95 % bootstrap interv
 which is too narrow.
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
-runs, `plus` less `minus`, paired by seed (and by how the task was prepared). It is reproduced where the 95 % t-interval
-of the mean difference (of times: of the mean logarithm of their ratio) agrees with the paper: wholly above or below
-zero or, where the paper finds no difference, within MARGIN. `decides`: the row of benchmark/README.md that it decides.
+runs, `plus` less `minus`, paired by seed (and by how the task was prepared). The verdict is on the 95 % t-interval of
+the mean difference (of times: of the mean logarithm of their ratio). Yes: it lies wholly above or below zero, as the
+paper finds, or within MARGIN, where the paper finds no difference. No: it contradicts the paper wholly or, in points,
+lies within MARGIN though the paper finds a difference. `decides`: the row of benchmark/README.md that it decides.
 """
 
 import contextlib
@@ -396,9 +397,12 @@ def difference(runs: list[list[dict]], measure: str) -> float:
     return (new - old) * (1 if measure == "kl" else 100)
 
 
-def verdict(paper: str, low: float, high: float) -> str:
-    answers = {"equal": (low >= -MARGIN and high <= MARGIN, low > MARGIN or high < -MARGIN)}
-    answers |= {"lower": (high < 0, low > 0), "higher": (low > 0, high < 0), "": (False, False)}
+def verdict(paper: str, low: float, high: float, unit: str = "points") -> str:
+    """Of an interval: yes, no, or undecided (see above)."""
+    equal = low >= -MARGIN and high <= MARGIN
+    none = equal and unit == "points"
+    answers = {"equal": (equal, low > MARGIN or high < -MARGIN), "": (False, False)}
+    answers |= {"lower": (high < 0, low > 0 or none), "higher": (low > 0, high < 0 or none)}
     yes, no = answers[paper.split(" ")[0]]
     return "yes" if yes else "no" if no else "undecided" if paper else ""
 
@@ -428,7 +432,7 @@ def judged() -> list[dict]:
             ratio = row["measure"].removeprefix("step_") == "seconds" and unit == "%"
             mean, low, high = (ratio_interval if ratio else t_interval)(found)
             row["found"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
-            row["verdict"] = verdict(row["paper"], low, high)
+            row["verdict"] = verdict(row["paper"], low, high, unit)
     return rows
 
 

@@ -75,6 +75,8 @@ def test_every_claim_has_its_runs():
         ("equal (fig 1)", -3.0, -2.1, "no"),
         ("lower (fig 4)", -3.0, -0.5, "yes"),
         ("lower (fig 4)", 0.5, 3.0, "no"),
+        ("lower (fig 4)", -0.5, 1.9, "no"),
+        ("lower (fig 4)", -1.9, -0.1, "yes"),
         ("higher (fig 7)", 0.5, 3.0, "yes"),
         ("higher (fig 7)", -0.5, 3.0, "undecided"),
         ("", 0.5, 3.0, ""),
