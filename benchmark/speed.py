@@ -3,7 +3,6 @@
     steps       a step of `colocate` and of `split` over the asynchronous one, and that over its limit by arithmetic;
                 three algorithms on tldr-tiny and math-tiny, one engine for all runs of a placement; 5 pairs
     before      a step of the commit BEFORE over one of today, each run as a user starts it; 5 pairs
-    before-135m the same with a random policy and reward model of 135 M and the settings of docstrings.sh
     prompts     the learner with each prompt once against K times, for prompts of 512 and responses of 53 tokens
     prompts-135m the same with 135 M and the lengths of docstrings.sh, with both threads
     busy        the learner with both threads and with one, alone and beside a busy process
@@ -12,10 +11,6 @@
                 second thread and without it; 5 pairs
     profile-135m label and learn of 32 completions at 135 M: operators, and matrix products per second against the most
                 that products of these sizes reach
-    overlap     step over max(G, L), and what company costs: G and L beside each other against alone, and against a
-                control where a generator and a learner do the same work side by side without exchanging anything
-    generator   tokens/s of a rollout against plain vllm.LLM.generate of the same prompts and lengths
-    learner     real tokens/s of label + learn against a bare forward and backward of the same tokens without padding
     weights     seconds from "the learner has them" to "the generator has them", by size of the policy
     startup     seconds from the command to the first update
     memory      peak of learner and engine against parameters + gradients + optimizer states + reference
@@ -271,18 +266,23 @@ def limit() -> None:
 
 
 def before() -> None:
-    ten = 10 * 128
-    before_of({
+    """Pairs of a run of the older commit and one of now."""
+    ten, tree = 10 * 128, tempfile.mkdtemp() + "/before"
+    settings = {
         "tldr-tiny, Online DPO, K = 2": ("async_online_dpo.py", TLDR | dict(total_episodes=ten)),
         "math-tiny, Online DPO, K = 4": ("async_online_dpo.py", MATH | dict(total_episodes=2 * ten)),
         "tldr-tiny, PPO, K = 2": ("async_ppo.py", TLDR | dict(total_episodes=ten)),
-    })  # fmt: skip
-
-
-def before_large() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        task = large_task(folder) | dict(total_episodes=7 * 32)
-        before_of({"135 M, Online DPO, K = 2": ("async_online_dpo.py", task)}, dict(micro_batch_size=32))
+    }
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)
+    os.symlink(os.path.abspath("tasks"), f"{tree}/tasks")
+    for name, (script, task) in settings.items():
+        steps = {tree: [], ".": []}
+        for seed in range(1, PAIRS + 1):
+            for where, found in steps.items():
+                found.append(run(script, where, task, seed=seed)["step"])
+        note("before", f"{name}: step before / step now", [a / b for a, b in zip(*steps.values())], "ratio")
+        note("before", f"{name}: step now", steps["."], "s")
+    subprocess.run(["git", "worktree", "remove", "--force", tree], check=True)
 
 
 def large_task(folder: str) -> dict:
@@ -296,21 +296,6 @@ def large_task(folder: str) -> dict:
     AutoTokenizer.from_pretrained(TLDR["model"]).save_pretrained(f"{folder}/rm")
     flags = dict(model=f"{folder}/policy", reward=f"{folder}/rm", dtype="float32", learning_rate=2e-5)
     return TLDR | flags | dict(batch_size=32, prompt_length=100, response_length=24, micro_batch_size=8)
-
-
-def before_of(settings: dict, older: dict | None = None) -> None:
-    """Pairs of a run of the older commit, with its other flags, and one of now."""
-    tree = tempfile.mkdtemp() + "/before"
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, BEFORE], check=True)
-    os.symlink(os.path.abspath("tasks"), f"{tree}/tasks")
-    for name, (script, task) in settings.items():
-        steps = {tree: [], ".": []}
-        for seed in range(1, PAIRS + 1):
-            for where, found in steps.items():
-                found.append(run(script, where, task | (older or {} if where == tree else {}), seed=seed)["step"])
-        note("before", f"{name}: step before / step now", [a / b for a, b in zip(*steps.values())], "ratio")
-        note("before", f"{name}: step now", steps["."], "s")
-    subprocess.run(["git", "worktree", "remove", "--force", tree], check=True)
 
 
 def learner_seconds(parts: Parts, rollout) -> None:
@@ -442,71 +427,6 @@ def profile() -> None:
             note("profile", f"{name}: {key}", [times[key]], "s")
 
 
-def overlap() -> None:
-    names = ("ideal / step", "G beside", "L beside", "G alone", "L alone", "G control", "L control")
-    found = {name: [] for name in names}
-    for seed in range(1, REPEATS + 1):
-        beside = run("async_online_dpo.py", seed=seed)
-        alone = run("async_online_dpo.py", max_staleness=0, seed=seed)
-        generator, learner = control(seed)
-        values = [beside["overlap"]]
-        for seconds in (beside["seconds"], alone["seconds"]):  # without the exchange of weights, as in the control
-            values += [seconds["generate"], seconds["label"] + seconds["learn"]]
-        for name, value in zip(names, [*values, generator, learner]):
-            found[name].append(value)
-    note("overlap", "max(G, L) / step, Online DPO, S=1, balanced", found["ideal / step"], "ratio")
-    for side in "GL":
-        for name in ("beside", "alone", "control"):
-            note("overlap", f"{side} {name}", found[f"{side} {name}"], "s")
-        for name in ("alone", "control"):
-            pairs = zip(found[f"{side} beside"], found[f"{side} {name}"])
-            note("overlap", f"{side} beside the other / {side} {name}", [a / b for a, b in pairs], "ratio")
-
-
-def control(seed: int) -> tuple[float, float]:
-    """Medians of G and L of two processes side by side that exchange nothing but the first rollout."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmark.speed", "control-part", folder, str(seed)]
-        processes = [subprocess.Popen([*command, side], stdout=subprocess.DEVNULL) for side in ("G", "L")]
-        try:
-            for process in processes:
-                process.wait(timeout=200)
-        finally:
-            for process in processes:
-                process.kill()
-        return tuple(float(Path(folder, f"seconds-{side}").read_text()) for side in ("G", "L"))
-
-
-def control_part(folder: str, seed: str, side: str) -> None:
-    """One side of the control, for 25 seconds: the generator's, or the learner's."""
-    parts = Parts(engine=side == "G", seed=int(seed))
-    parts.devices.helper = None  # it would learn on the other side's core
-    file, ready = Path(folder, "rollout.pt"), Path(folder, f"ready-{side}")
-    if side == "G":
-        torch.save(vars(parts.rollout()), file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").rename(file)
-        work = parts.rollout
-    else:
-        while not file.exists():
-            time.sleep(0.1)
-        rollout = dpo.Rollout(**torch.load(file))
-
-        def work():
-            parts.learn(parts.label(rollout))
-
-    work()
-    ready.touch()
-    while len(list(Path(folder).glob("ready-*"))) < 2:
-        time.sleep(0.01)
-    times, end = [], time.perf_counter() + 25
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    Path(folder, f"seconds-{side}").write_text(str(statistics.median(times)))
-    parts.close()
-
-
 def random_llama(folder: str, hidden, layers, intermediate, vocabulary, positions=128, tokenizer="") -> int:
     """Write a Llama with random weights and a task's tokenizer. Returns its number of parameters."""
     heads = hidden // 64
@@ -518,90 +438,6 @@ def random_llama(folder: str, hidden, layers, intermediate, vocabulary, position
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer or MATH["model"]).save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
-
-
-def generator() -> None:
-    """Of math-tiny, where Python is most of it, and of a random policy of SmolLM2-135M's shape."""
-    generator_of("math-tiny, 0.9 M", 10)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        random_llama(folder, *SMOLLM2)
-        generator_of("135 M, bfloat16", 5, model=folder, dtype="bfloat16", batch_size=64)
-
-
-def generator_of(name: str, times: int, **flags) -> None:
-    """The plain engine has vLLM's own defaults but for type, length and executor, and the same cores."""
-    parts = Parts(**flags)
-    rollout = parts.rollout()
-    lengths = [len(response) for response in rollout.responses]
-    from vllm import LLM, SamplingParams
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    os.sched_setaffinity(0, parts.devices.generator_cores)
-    options = dict(model=parts.args.model, dtype=parts.args.dtype, max_model_len=113)
-    options |= dict(distributed_executor_backend=UniProcExecutor)
-    plain = {}
-    for way in ("compiled", "eager"):
-        start = time.perf_counter()
-        plain[way] = LLM(enforce_eager=way == "eager", **options)
-        note("generator", f"{name}: start of the plain engine, {way}", [time.perf_counter() - start], "s")
-    prompts = [{"prompt_token_ids": prompt} for prompt in rollout.prompts]
-    common = dict(temperature=1.0, ignore_eos=True, detokenize=False)
-    params = [SamplingParams(max_tokens=n, **common) for n in lengths]
-    with_logprobs = [SamplingParams(max_tokens=n, logprobs=0, flat_logprobs=True, **common) for n in lengths]
-    with_seeds = [SamplingParams(max_tokens=n, seed=n, **common) for n in lengths]
-    seconds = in_turn(
-        times,
-        plain=lambda: plain["compiled"].generate(prompts, params, use_tqdm=False),
-        rollout=parts.rollout,
-        eager=lambda: plain["eager"].generate(prompts, params, use_tqdm=False),
-        logprobs=lambda: parts.generator.llm.generate(prompts, with_logprobs, use_tqdm=False),
-        seeds=lambda: parts.generator.llm.generate(prompts, with_seeds, use_tqdm=False),
-    )
-    tokens, plain_seconds = sum(lengths), seconds.pop("plain")
-    note("generator", f"{name}: plain LLM.generate", [tokens / s for s in plain_seconds], "tokens/s")
-    labels = dict(rollout="rollout", eager="plain, but eager", logprobs="plain, eager, with logprobs",
-                  seeds="plain, eager, with seeds")  # fmt: skip
-    for what, values in seconds.items():
-        label = labels[what]
-        note("generator", f"{name}: {label} / plain", [a / b for a, b in zip(plain_seconds, values)], "ratio")
-    for llm in plain.values():
-        llm.llm_engine.engine_core.shutdown()
-    parts.close()
-
-
-def learner() -> None:
-    parts = Parts(module=rloo, engine=False)
-    args, n = parts.args, parts.args.batch_size
-    samples = rloo_samples(parts)
-    batch = parts.label(samples)
-    rows_of = [query + response for query, response in zip(samples.prompts, samples.responses)]
-    lengths = [len(row) for row in rows_of]
-    by_length = {}
-    for i, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(i)
-    size = args.micro_batch_size
-    groups = [rows[i : i + size] for rows in by_length.values() for i in range(0, len(rows), size)]
-
-    def bare():
-        """Forward and backward of the same tokens: rows of one length at a time, so that there is no padding."""
-        for rows in groups:
-            ids = torch.tensor([rows_of[row] for row in rows])
-            logits = parts.policy.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            (torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / n).backward()
-        parts.optimizer.zero_grad()
-
-    seconds = in_turn(10, bare=bare, learn=lambda: parts.learn(batch), label=lambda: parts.label(samples))
-    tokens = sum(lengths)
-    prompts = torch.tensor(lengths).view(-1, batch.samples)
-    orders = {"as they come": torch.arange(len(prompts)), "sorted by length": prompts.amax(1).argsort()}
-    for name, order in orders.items():
-        padded = sum(part.numel() * part.max().item() for part in prompts[order].split(size // batch.samples))
-        note("learner", f"real tokens / tokens computed on, prompts {name}", [tokens / padded], "ratio")
-    note("learner", "tokens/s, bare forward and backward", [tokens / s for s in seconds["bare"]], "tokens/s")
-    note("learner", "tokens/s, learn", [tokens / s for s in seconds["learn"]], "tokens/s")
-    note("learner", "learn / bare", [a / b for a, b in zip(seconds["bare"], seconds["learn"])], "ratio")
-    note("learner", "label (reference and reward), seconds", seconds["label"], "s")
-    parts.close()
 
 
 def rloo_samples(parts: Parts):
@@ -768,11 +604,11 @@ def trl_part(folder: str, task: str) -> None:
     Path(folder, "steps.json").write_text(json.dumps([b - a for a, b in zip(clock.ends, clock.ends[1:])]))
 
 
-PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, limit=limit, overlap=overlap)
-PARTS |= {"before-135m": before_large, "prompts-135m": prompts_large, "peer-135m": peer_large}
+PARTS = dict(steps=steps, before=before, prompts=prompts, busy=busy, profile=profile, limit=limit)
+PARTS |= {"prompts-135m": prompts_large, "peer-135m": peer_large}
 PARTS["profile-135m"] = profile_large
-PARTS |= dict(generator=generator, learner=learner, weights=weights, startup=startup, memory=memory, peer=peer)
-INNER = {"control-part": control_part, "trl-part": trl_part}
+PARTS |= dict(weights=weights, startup=startup, memory=memory, peer=peer)
+INNER = {"trl-part": trl_part}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in INNER:
