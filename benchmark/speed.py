@@ -1,4 +1,4 @@
-"""Where every second goes: python -m benchmark.speed PART... (all parts without a name; about 45 minutes on 2 cores).
+"""Where every second goes: python -m benchmark.speed PART... (all parts without a name: hours, most of them at 135 M).
 
     steps       a step of `colocate` and of `split` over the asynchronous one, and that over its limit by arithmetic;
                 three algorithms on tldr-tiny and math-tiny, one engine for all runs of a placement; 5 pairs

@@ -156,14 +156,18 @@ def test_pages_show_what_the_results_say(monkeypatch):
 
 
 def test_the_numbers_on_speed_were_measured():
-    """Every number with a decimal point or a unit is a median, a least or a most in results/speed.csv, rounded."""
+    """Every median with its range is a row of results/speed.csv; every other decimal is one of its values, rounded."""
     with open(f"{HERE}/benchmark/results/speed.csv") as f:
-        measured = [float(row[key]) for row in csv.DictReader(f) for key in ("median", "least", "most")]
+        rows = [[float(row[key]) for key in ("median", "least", "most")] for row in csv.DictReader(f)]
     page = re.sub("(?s)<!-- steps -->.*<!-- end -->", "", Path(HERE, "docs/speed.md").read_text())
     page = page.replace("TRL (1.16)", "").replace("0.9 M", "")
+    ranges = re.findall(r"([\d.]+)(?: s)? \(([\d.]+) to ([\d.]+)\)", page)
     numbers = re.findall(r"\d+\.\d+|[\d,]+(?= MiB| GFLOP)", page)
-    assert len(numbers) > 50
-    rounded = {digits: {round(value, digits) for value in measured} for digits in (0, 1, 2)}
+    assert len(ranges) > 15 and len(numbers) > 50
+    for found in ranges:
+        digits = len(found[0].partition(".")[2])
+        assert [float(number) for number in found] in [[round(x, digits) for x in row] for row in rows], found
+    rounded = {digits: {round(x, digits) for row in rows for x in row} for digits in (0, 1, 2)}
     for number in numbers:
         assert float(number.replace(",", "")) in rounded[len(number.partition(".")[2])], number
 
