@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Figure 4 of the paper: losses against off-policyness. N updates on one generated batch, synchronous; and the losses and
-# corrections that came later. At N = 1 some are the same (RLOO: the ratio is 1), and at any N those of PPO that differ in where
-# the old log-probabilities come from: without lag there is one place. TBA is half of CoPG.
+# Figure 4 of the paper: losses against off-policyness. N updates on one generated batch, synchronous. At N = 16 also the
+# losses and corrections that came later. TBA is half of CoPG. Shares runs with off_policyness.sh.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 case $scale in
-tiny) every=1,4,16,64 late=4,16,64 ;;
-paper) every=1,2,4,8,16 late=2,4,8,16 ;;
+tiny) batches=1,4,16,64 few=1,16,64 ;;
+paper) batches=1,2,4,8,16 few=$batches ;;
 esac
-run losses async_online_dpo.py --max-staleness 0 "${short[@]}" --dpo-loss dpo,ipo,best_of_k --num-mini-batches $every
-run losses async_ppo.py --max-staleness 0 "${short[@]}" --ppo-loss behaviour --num-mini-batches $every
-run losses async_ppo.py --max-staleness 0 "${short[@]}" --ppo-loss cispo --num-mini-batches $late
-run losses async_rloo.py --max-staleness 0 "${short[@]}" --rloo-loss proximal,asymre --num-mini-batches $every
-run losses async_rloo.py --max-staleness 0 "${short[@]}" --rloo-loss vanilla,truncated,topr,copg --num-mini-batches $late
+updates() { # updates SCRIPT N[,N...] [FLAG ...]
+    run off_policyness "$1" --max-staleness 0 "${short[@]}" --num-mini-batches "$2" "${@:3}"
+}
+for script in async_online_dpo.py async_rloo.py async_ppo.py; do
+    updates $script $batches
+done
+updates async_online_dpo.py $few --dpo-loss best_of_k
+updates async_online_dpo.py 16 --dpo-loss ipo
+updates async_rloo.py 16 --rloo-loss vanilla,truncated,topr,copg,asymre
+updates async_ppo.py 16 --ppo-loss cispo
 draw losses

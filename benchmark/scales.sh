@@ -1,9 +1,10 @@
 # Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download), paper (TL;DR,
 # 4 GPUs: three learn, or LEARNERS, and one generates) or, in async_vs_sync.sh, docstrings (real text on 2 cores). Sets
 # `scale`, `sizes` of the policy, `flags` that all runs of an experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short`
-# for those with few but large batches (tiny: 64 updates); what a run names itself comes after them and wins. SEEDS=1,2,3.
+# for those that make 64 updates (tiny); what a run names itself comes after them and wins. SEEDS=1,2 runs these seeds
+# instead of 1 to 5 (tiny) or 1 to 3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scale=${1:-tiny} task=${task:-tldr_tiny} suffix= python=.venv/bin/python dpo=() rloo=() ppo=()
+scale=${1:-tiny} task=${task:-tldr_tiny} suffix= seeds=1,2,3 python=.venv/bin/python dpo=() rloo=() ppo=()
 [[ " ${scales:=tiny or paper} " == *" $scale "* && $scale != *or* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
 [ -x $python ] || { echo "$0: no $python here: make install" >&2; exit 2; }
 prepare() { # prepare TASK FOLDER [FLAG ...]: unless its folder is there
@@ -13,10 +14,10 @@ case $scale in
 tiny)
     prepare "$task" "tasks/${task//_/-}/info.json"
     sizes=(tasks/tldr-tiny/sft-s tasks/tldr-tiny/sft-m tasks/tldr-tiny/sft-l)
-    other_reward=tasks/tldr-tiny/rm-s double=256
-    flags=(--total-episodes 5120 --learning-rate 1e-4 --eval-split test --eval-every 10 --eval-prompts 1024
+    double=256 seeds=1,2,3,4,5
+    flags=(--total-episodes 5120 --learning-rate 2e-4 --eval-split test --eval-every 10 --eval-prompts 1024
         --eval-temperature 0.7) # as in training: near-greedy, every response of so small a policy is one of three templates
-    short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 1000)
+    short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 16)
     [ "$task" != math_tiny ] ||
         flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward
             --gold "" --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
@@ -51,7 +52,7 @@ esac
 run() { # run NAME SCRIPT --flag value[,value...] ...
     local own=()
     case "${*:2}" in *online_dpo*) own=("${dpo[@]}") ;; *rloo*) own=("${rloo[@]}") ;; *ppo*) own=("${ppo[@]}") ;; esac
-    $python -m benchmark.run "$1$suffix" "$2" "${flags[@]}" "${own[@]}" --seed "${SEEDS:-1,2,3}" "${@:3}"
+    $python -m benchmark.run "$1$suffix" "$2" "${flags[@]}" "${own[@]}" --seed "${SEEDS:-$seeds}" "${@:3}"
 }
 colocate() { # run NAME SCRIPT, synchronous, placement colocate: at paper scale all GPUs learn
     local shared=()
