@@ -1,6 +1,6 @@
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 python = .venv/bin/python
-study = async_vs_sync off_policyness off_policyness_greedy value_model losses scale epochs epochs_time samples lag lag_preparations math overoptimisation
+study = async_vs_sync off_policyness losses scale epochs samples math lag preparations overoptimisation
 
 .PHONY: help install demo docstrings math chat study figures test test-long clean
 help:  ## this list

@@ -1,36 +1,41 @@
 #!/usr/bin/env bash
-# Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements, for
-# every algorithm and three sizes of the policy.
-# tiny: 99 runs, five seeds. Times are of seeds 1 to 3, one run at a time; 4 and 5 are run side by side, for their win-rates
-# only. `colocate`, which learns what `split` learns, is run for its times of size m. SEEDS=1,2 runs these seeds one
-# at a time.
-# docstrings: real text and a pretrained policy, Online DPO, three seeds. paper: five.
+# Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements.
+# tiny: five seeds; Online DPO at three sizes, RLOO and PPO at m. Times are those of m, seeds 1 to 3, one run at a time; all
+# others run side by side, for their win-rates. `colocate`, which learns what `split` learns, is run for its times only.
+# docstrings: real text and a pretrained policy, Online DPO, three seeds. paper: three.
 set -euo pipefail
 scales="tiny or docstrings or paper"
 . "$(dirname "$0")/scales.sh"
-algos=(online_dpo rloo ppo) timed=${SEEDS:-1,2,3,4,5} side_by_side=
-case $scale in
-tiny)
-    flags+=(--total-episodes 3072 --learning-rate 2e-4 --eval-every 6) # still rising
-    [ -n "${SEEDS:-}" ] || timed=1,2,3 side_by_side=4,5
-    ;;
-docstrings) algos=(online_dpo) timed=${SEEDS:-1,2,3} ;;
-esac
-all() { # all SEEDS
-    local model algo own
-    for model in "${sizes[@]}"; do
-        own=(--model "$model")
-        [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)
-        [[ $model != *sft-l ]] || own+=(--total-episodes 2048 --eval-every 8) # three times as long a step
-        for algo in "${algos[@]}"; do
-            SEEDS=$1 run async_vs_sync async_$algo.py "${own[@]}"
-            SEEDS=$1 run async_vs_sync async_$algo.py --max-staleness 0 "${own[@]}"
-            [[ $JOBS = 2 || $model = *sft-[sl] ]] || SEEDS=$1 colocate async_vs_sync async_$algo.py "${own[@]}"
-        done
+pair() { # pair ALGORITHM [FLAG ...]: asynchronous and synchronous
+    run async_vs_sync "async_$1.py" "${@:2}"
+    run async_vs_sync "async_$1.py" --max-staleness 0 "${@:2}"
+}
+in_turn() { # in_turn ALGORITHM [FLAG ...]: seed by seed, as times drift; and `colocate`
+    local seed
+    for seed in ${timed//,/ }; do
+        JOBS=1 SEEDS=$seed pair "$@"
+        JOBS=1 SEEDS=$seed colocate async_vs_sync "async_$1.py" "${@:2}"
     done
 }
-export JOBS=1
-for seed in ${timed//,/ }; do all "$seed"; done # in turn: times drift
-export JOBS=2
-[ -z "$side_by_side" ] || all "$side_by_side"
+timed=${SEEDS:-1,2,3}
+case $scale in
+tiny)
+    flags+=(--total-episodes 3072 --eval-every 6) # still rising
+    for algorithm in online_dpo rloo ppo; do
+        in_turn $algorithm --model "${sizes[1]}"
+        [ -n "${SEEDS:-}" ] || SEEDS=4,5 pair $algorithm --model "${sizes[1]}"
+    done
+    pair online_dpo --model "${sizes[0]}"
+    pair online_dpo --model "${sizes[2]}" --learning-rate 1e-4
+    ;;
+docstrings) in_turn online_dpo --model "${sizes[0]}" ;;
+paper)
+    for model in "${sizes[@]}"; do
+        [[ $model != *2.8b* ]] || flags+=(--micro-batch-size 4)
+        for algorithm in online_dpo rloo ppo; do
+            in_turn $algorithm --model "$model"
+        done
+    done
+    ;;
+esac
 draw async_vs_sync

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Figure 4 of the paper: losses against off-policyness. N updates on one generated batch, synchronous. At N = 16 also the
-# losses and corrections that came later. TBA is half of CoPG. Shares runs with off_policyness.sh.
+# losses and corrections that came later, with three seeds. TBA is half of CoPG. Shares runs with off_policyness.sh.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 case $scale in
@@ -14,6 +14,7 @@ for script in async_online_dpo.py async_rloo.py async_ppo.py; do
     updates $script $batches
 done
 updates async_online_dpo.py $few --dpo-loss best_of_k
+SEEDS=${SEEDS:-1,2,3}
 updates async_online_dpo.py 16 --dpo-loss ipo
 updates async_rloo.py 16 --rloo-loss vanilla,truncated,topr,copg,asymre
 updates async_ppo.py 16 --ppo-loss cispo

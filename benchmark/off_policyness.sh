@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Figure 3 of the paper: PPO, synchronous, N mini-batches from one policy. As N grows the win-rate falls; all N lie on one
-# curve of win-rate against KL. At N = 64 tiny is one batch: offline. paper: both schedules; per_batch is the paper's.
+# curve of win-rate against KL. At N = 64 tiny is one batch: offline.
 # losses, scale and lag share runs with this one, so the results of all four stand in results/off_policyness.csv.
 set -euo pipefail
 . "$(dirname "$0")/scales.sh"
 batches=1,4,16,64
-[ "$scale" = tiny ] || batches=1,2,4,8,16,32,64 short+=(--lr-schedule per_batch,per_update)
+[ "$scale" = tiny ] || batches=1,2,4,8,16,32,64
 run off_policyness async_ppo.py --max-staleness 0 "${short[@]}" --num-mini-batches $batches
 draw off_policyness

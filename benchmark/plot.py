@@ -1,15 +1,15 @@
 """Draw figures and tables: python -m benchmark.plot [NAME ...], by default every one that has results.
 
-From benchmark/results/NAME.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and, with claims and
-tables, benchmark/study/NAME.md. A row for each figure of the paper goes into benchmark/README.md, a summary into
-README.md. Lines and bands are the mean over seeds and its 95 % bootstrap interval; of three seeds that is their range,
-which is too narrow.
+From benchmark/results/*.csv alone, which benchmark.run wrote, to benchmark/figures/NAME.png and, with claims and
+tables, benchmark/study/NAME.md. Experiments that share runs have one table of results (SHARED). A row for each figure
+of the paper goes into benchmark/README.md, a summary into README.md. Lines and bands are the mean over seeds and its
+95 % bootstrap interval; of three seeds that is their range, which is too narrow.
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
 runs, `plus` less `minus`, paired by seed (and by how the task was prepared). The verdict is on the 95 % t-interval of
 the mean difference (of times: of the mean logarithm of their ratio). Yes: it lies wholly above or below zero, as the
-paper finds, or within MARGIN, where the paper finds no difference. No: it contradicts the paper wholly or, in points,
-lies within MARGIN though the paper finds a difference. `decides`: the row of benchmark/README.md that it decides.
+paper finds, or within MARGIN, where the paper finds no difference. No: it contradicts the paper wholly, or lies within
+MARGIN though the paper finds a difference. `decides`: the row of benchmark/README.md that it decides, or helps to.
 """
 
 import contextlib
@@ -33,7 +33,6 @@ class Panel(NamedTuple):
     """a dial: points are means of the last evaluations; any other column: of all evaluations, one for each version"""
     y: str
     lines: tuple[str, ...]
-    only: dict = {}
 
 
 DIALS = {"max_staleness": "S: lag in batches", "num_mini_batches": "N: mini-batches per generated batch"}
@@ -44,48 +43,41 @@ LABELS |= {"accuracy": "accuracy on held-out problems"}
 FIGURES = {
     "async_vs_sync": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "off_policyness": [
-        Panel("num_mini_batches", "win_rate", ("lr_schedule",)),
-        Panel("num_mini_batches", "kl", ("lr_schedule",)),
-        Panel("kl", "win_rate", ("num_mini_batches",), {"lr_schedule": "per_update"}),
+        Panel("num_mini_batches", "win_rate", ("algorithm",)),
+        Panel("kl", "win_rate", ("num_mini_batches",)),
     ],
     "losses": [Panel("num_mini_batches", y, ("loss",)) for y in ("win_rate", "kl")],
-    "scale": [Panel("num_mini_batches", y, ("policy", "judge", "learning_rate")) for y in ("win_rate", "kl")],
-    "epochs": [Panel(x, "win_rate", ("num_epochs",)) for x in ("episodes", "kl")],
-    "epochs_time": [Panel(x, "accuracy", ("num_epochs",)) for x in ("episodes", "kl", "seconds")],
+    "scale": [Panel("num_mini_batches", y, ("policy", "judge")) for y in ("win_rate", "kl")],
+    "epochs": [Panel(x, "accuracy", ("num_epochs",)) for x in ("episodes", "kl", "seconds")],
     "samples": [Panel(x, "win_rate", ("samples_per_prompt", "learning_rate")) for x in ("episodes", "kl", "seconds")],
-    "lag": [Panel("max_staleness", "win_rate", ("loss", "learning_rate"))],
-    "lag_preparations": [Panel("max_staleness", "win_rate", ("loss",))],
+    "lag": [Panel("max_staleness", "win_rate", ("loss",))],
+    "preparations": [Panel("num_mini_batches", "win_rate", ("seed",))],
     "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
     "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
 # A column for each value, in this order; else all panels stand in one row.
 COLUMNS = {"async_vs_sync": "policy"}
-COLUMNS |= dict.fromkeys(("losses", "epochs", "lag", "lag_preparations", "math"), "algorithm")
+COLUMNS |= dict.fromkeys(("losses", "scale", "lag", "preparations", "math"), "algorithm")
 ORDER = ["online_dpo", "rloo", "ppo", "sft-s", "sft-m", "sft-l"]
 SHOWN = {"async_vs_sync": {"algorithm": "online_dpo"}}  # in the figure, as in the paper's; the tables have all
 WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo": "PPO", "best_of_k": "best-of-2 SFT"}
 WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l"}
 WORDS |= {"rm-s": "reward model s", "rm-m": "reward model m"}
-OWN_LOSS = {
-    "online_dpo": "dpo",
-    "rloo": "proximal",
-    "ppo": "behaviour",
-}  # losses that are this one at S = 0 were not run there
+OWN_LOSS = {"online_dpo": "dpo", "rloo": "proximal", "ppo": "behaviour"}
+SHARED = dict.fromkeys(("losses", "scale", "lag"), "off_policyness")  # experiment: whose table of results it shares
+USUAL = ("sft-m", "rm-m", "pythia410m-sft-tldr", "pythia410m-rm-tldr6.9b")  # policies and reward models
 STUDY = {  # experiment: title of its page; those of the paper's figures first
     "async_vs_sync": "Asynchronous against synchronous (figure 1)",
     "async_vs_sync-docstrings": "Asynchronous against synchronous on real text (figure 1)",
     "off_policyness": "Off-policyness of PPO (figure 3)",
-    "off_policyness_greedy": "Off-policyness of PPO, evaluated near-greedily (figure 3)",
-    "value_model": "Off-policyness of PPO, by the start of its value model (figure 3)",
     "losses": "Losses on off-policy data (figure 4)",
-    "scale": "Off-policyness by size of policy and reward model (figure 5)",
+    "scale": "Off-policyness by size of the policy (figure 5)",
     "epochs": "Several epochs on a batch (figure 7)",
-    "epochs_time": "Several epochs where generation is the bottleneck (figure 7)",
     "samples": "Several samples of a prompt (figure 8)",
     "math": "Math with a verifiable reward (the GSM8K table)",
     "lag": "Lag of the generator (not in the paper)",
-    "lag_preparations": "Lag, of five policies and reward models (not in the paper)",
+    "preparations": "Off-policyness, of five policies and reward models (not in the paper)",
     "overoptimisation": "Over-optimisation (not in the paper)",
 }
 ROWS = {  # of the table in benchmark/README.md, each decided by the claim that names it: figure, what the paper finds
@@ -94,6 +86,7 @@ ROWS = {  # of the table in benchmark/README.md, each decided by the claim that 
     "policyness": ("3", "the more off-policy, the worse PPO gets"),
     "curve": ("3", "all on one curve of win-rate against KL"),
     "losses": ("4", "Online DPO bears off-policy data best"),
+    "sft": ("4", "best-of-2 SFT bears it worst"),
     "policy": ("5", "a larger policy bears it better"),
     "judge": ("5", "a larger reward model does not help"),
     "epochs": ("7", "three epochs on a batch buy win-rate"),
@@ -103,7 +96,7 @@ ROWS = {  # of the table in benchmark/README.md, each decided by the claim that 
     "math": ("GSM8K", "and faster, 1.7 times"),
 }
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
-MARGIN = 2.0  # points of win-rate or accuracy: less is called equal
+MARGIN = {"points": 2.0, "points of share": 10.0, "%": 10.0, "nats": 0.0}  # less is called equal
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
@@ -114,15 +107,33 @@ def number(value: str) -> float | str:
 
 
 def results_of(name: str) -> Path:
-    return Path(f"benchmark/results/{name}.csv")
+    kind, dash, scale = name.partition("-")
+    return Path(f"benchmark/results/{SHARED.get(kind, kind)}{dash}{scale}.csv")
 
 
 def read(name: str) -> list[dict]:
-    """The lines of a table, with numbers as numbers, and what the flags mean."""
+    """The lines of an experiment, with numbers as numbers, and what the flags mean."""
     with open(results_of(name)) as f:
         rows = list(csv.DictReader(f))
     words = ("commit", "prepared", "torch", "transformers", "vllm")
-    return [meaning({key: value if key in words else number(value) for key, value in row.items()}) for row in rows]
+    rows = [meaning({key: value if key in words else number(value) for key, value in row.items()}) for row in rows]
+    return [row for row in rows if shown(name.partition("-")[0], row)]
+
+
+def shown(kind: str, row: dict) -> bool:
+    """Whether an experiment shows a run, of those in the table that it shares."""
+    usual, synchronous = {row["policy"], row["judge"]} <= set(USUAL), not row["max_staleness"]
+    own, ppo = row["loss"] == OWN_LOSS[row["algorithm"]], row["algorithm"] == "ppo"
+    match kind:
+        case "off_policyness":
+            return usual and synchronous and own and ppo
+        case "losses":
+            return usual and synchronous
+        case "scale":
+            return synchronous and own and not ppo
+        case "lag":
+            return usual and row["num_mini_batches"] == 1 and (own or not synchronous)
+    return True
 
 
 def meaning(row: dict) -> dict:
@@ -214,11 +225,10 @@ def draw(name: str) -> None:
     places = [(panel, part, title) for panel in panels for title, part in columns.items()]
     ends = [{} for _ in places]
     for i, (axis, (panel, part, title)) in enumerate(zip(axes.flat, places)):
-        shown = select(part, panel.only)
-        lines = varying(shown, panel.lines)
+        lines = varying(part, panel.lines)
         alike = rows if kind == "async_vs_sync" else part  # in these panels a value has one colour
         seen = [sorted({row[key] for row in alike}) for key in lines]
-        for j, (key, group) in enumerate(groups(shown, lines).items()):
+        for j, (key, group) in enumerate(groups(part, lines).items()):
             look = {"color": f"C{j}", "linestyle": "-"}
             if 1 <= len(lines) <= 2:  # the first key is the colour, the second the dashes
                 colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0])[:2]
@@ -235,34 +245,6 @@ def draw(name: str) -> None:
             axis.set_ylabel(LABELS[panel.y])
     for axis, last_points in zip(axes.flat, ends):  # now that the axes have their limits
         label(axis, last_points)
-    figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
-    plt.close(figure)
-
-
-def lag(name: str) -> None:
-    """Every loss against S: points of win-rate more than at S = 0, in black where surely so; ×: a run diverged."""
-    rows = read(name)
-    lines = groups(rows, ("algorithm", "loss", "learning_rate"))
-    dials = [dial for (dial,) in groups(rows, ("max_staleness",)) if dial]
-    change = np.full((len(lines), len(dials)), np.nan)
-    figure, axis = plt.subplots(figsize=(6.5, 0.32 * len(lines) + 1.2), layout="constrained")
-    for i, (algorithm, loss, rate) in enumerate(lines):
-        own = f"algorithm={algorithm} learning_rate={rate} loss={loss}"
-        same = own
-        if not select(rows, sides(f"{own} S=0")[0]):
-            same = own.replace(f"loss={loss}", f"loss={OWN_LOSS[algorithm]}")
-        for j, dial in enumerate(dials):
-            found = differences(rows, f"{own} S={dial}", f"{same} S=0")
-            if np.isnan(found).any():
-                axis.text(j, i, "×", ha="center", va="center")
-            elif len(found) > 2:
-                change[i, j], low, high = t_interval(found)
-                colour = "black" if low > 0 or high < 0 else "grey"
-                axis.text(j, i, f"{change[i, j]:+.1f}", ha="center", va="center", fontsize=8, color=colour)
-    image = axis.imshow(change, cmap="RdYlGn", vmin=-20, vmax=20, aspect="auto")
-    axis.set_xticks(range(len(dials)), [f"S = {dial:g}" for dial in dials])
-    axis.set_yticks(range(len(lines)), [f"{a}: {b}, {c:g}" for a, b, c in lines], fontsize=8)
-    figure.colorbar(image, label="gold win-rate, points from S = 0")
     figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
     plt.close(figure)
 
@@ -348,13 +330,13 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
     win_rate, accuracy     points
     kl                     nats
     seconds, step_seconds  % (runs that had the machine for themselves)
-    episodes_to,           completions or seconds until `plus` first has the last win-rate (or accuracy) of `minus`,
-    seconds_to             against those until `minus` first has it, in %; evaluations are the resolution
+    seconds_to             seconds until `plus` first has the last win-rate (or accuracy) of `minus`, against those
+                           until `minus` first has it, in %; evaluations are the resolution
     win_rate_at_kl,        points above the curve of `minus` at the KL, or after the seconds, at which `plus` ends, if
     win_rate_at_seconds,   `minus` gets there
     accuracy_at_seconds
     kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
-                           and two less the same share of the second of `minus` over that of `plus`, as are step_seconds
+                           and two less the same share of the second of `minus` over that of `plus`
     """
     values = []
     for side in sides(plus) + sides(minus):
@@ -385,31 +367,30 @@ def difference(runs: list[list[dict]], measure: str) -> float:
             y, x = measure.split("_at_")
             new, curve = runs[0][-1], {key: [row[key] for row in runs[1]] for key in (x, y)}
             return 100 * (new[y] - np.interp(new[x], curve[x], curve[y], right=np.nan))
-        case (("episodes_to" | "seconds_to"), 2):
-            goal, cost = "win_rate" if "win_rate" in runs[1][-1] else "accuracy", measure.removesuffix("_to")
-            first = [next((row[cost] for row in run if row[goal] >= runs[1][-1][goal]), float("nan")) for run in runs]
+        case "seconds_to", 2:
+            goal = "win_rate" if "win_rate" in runs[1][-1] else "accuracy"
+            end = runs[1][-1][goal]
+            first = [next((row["seconds"] for row in run if row[goal] >= end), float("nan")) for run in runs]
             return 100 * (first[0] / first[1] - 1) if first[1] else float("nan")
         case (("seconds" | "step_seconds"), 2):
             return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
-        case "step_seconds", 4:
-            return 100 * (runs[0][-1][measure] / runs[2][-1][measure] - runs[3][-1][measure] / runs[1][-1][measure])
     new, old = (sum(run[-1][measure] for run in half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
     return (new - old) * (1 if measure == "kl" else 100)
 
 
 def verdict(paper: str, low: float, high: float, unit: str = "points") -> str:
     """Of an interval: yes, no, or undecided (see above)."""
-    equal = low >= -MARGIN and high <= MARGIN
-    none = equal and unit == "points"
-    answers = {"equal": (equal, low > MARGIN or high < -MARGIN), "": (False, False)}
-    answers |= {"lower": (high < 0, low > 0 or none), "higher": (low > 0, high < 0 or none)}
+    margin = MARGIN[unit]
+    equal = -margin <= low and high <= margin
+    answers = {"equal": (equal, low > margin or high < -margin), "": (False, False)}
+    answers |= {"lower": (high < 0, low > 0 or equal), "higher": (low > 0, high < 0 or equal)}
     yes, no = answers[paper.split(" ")[0]]
     return "yes" if yes else "no" if no else "undecided" if paper else ""
 
 
 def unit_of(claim: dict) -> str:
     share = "points of share" if claim["plus"].count("+") else "%"
-    units = {"kl": "nats"} | dict.fromkeys(("seconds", "step_seconds", "episodes_to", "seconds_to", "kept"), share)
+    units = {"kl": "nats"} | dict.fromkeys(("seconds", "step_seconds", "seconds_to", "kept"), share)
     return units.get(claim["measure"], "points")
 
 
@@ -437,15 +418,19 @@ def judged() -> list[dict]:
 
 
 def digest(rows: list[dict]) -> str:
-    """A line for each of ROWS: what the paper finds, what the claim finds here, and the verdict."""
+    """A line for each of ROWS: what the paper finds, what is found here, and the verdict.
+
+    Of several claims that decide it the first is shown; all are counted."""
     lines = head(["figure", "the paper", "found here", "what was measured", "reproduced?"])
-    deciding = {row["decides"]: row for row in rows if row["decides"]}
+    deciding = {key: group for (key,), group in groups(rows, ("decides",)).items() if key}
     if unknown := set(deciding) - set(ROWS):
         raise SystemExit(f"benchmark.plot: claims.csv decides {', '.join(unknown)}, which is none of {', '.join(ROWS)}")
     for key, (figure, said) in ROWS.items():
         cells = ["", "", "not run here"]
-        if row := deciding.get(key):
-            cells = [row["found"], row["claim"], f"[{row['verdict']}](study/{row['experiment']}.md)"]
+        if claims := deciding.get(key):
+            first, agree = claims[0], sum(claim["verdict"] == "yes" for claim in claims)
+            count = f" ({agree} of {len(claims)})" if len(claims) > 1 else ""
+            cells = [first["found"], first["claim"], f"[{first['verdict']}](study/{first['experiment']}.md){count}"]
         lines.append(f"| {' | '.join([figure, said, *cells])} |")
     return "\n".join([*lines, ""])
 
@@ -549,7 +534,7 @@ def main(*names: str) -> None:
     for name in names or have:
         if name not in have:
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(have)}")
-        (lag if name.startswith("lag") else draw)(name)
+        draw(name)
         if name.endswith("-paper"):
             Path(f"benchmark/study/{name}.md").write_text(table(name))
         print(f"benchmark/figures/{name}.png, and its tables")
