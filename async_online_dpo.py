@@ -1,4 +1,4 @@
-# Docs, metrics and results: docs/async_online_dpo.md
+# Docs and metrics: docs/async_online_dpo.md
 """Asynchronous Online DPO: vLLM generates batch t+1 while the learner trains on batch t.
 
 Five steps, for every batch t (arXiv 2410.18252):
@@ -94,8 +94,8 @@ class Args:
     track: bool = False  # log to Weights & Biases too (set WANDB_MODE=offline for no network)
 
     total_episodes: int = 12_800  # completions to generate in the whole run
-    batch_size: int = 128  # completions per update; a generated batch has num_mini_batches times as many
-    micro_batch_size: int = 32  # completions per forward and backward pass, at least K (changes memory, not results)
+    batch_size: int = 128  # completions generated per update; a generated batch has num_mini_batches times as many
+    micro_batch_size: int = 32  # completions per forward and backward pass (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
     num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (the paper's N: off-policyness)
     num_epochs: int = 1  # T: passes over each generated batch

@@ -20,7 +20,7 @@ memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1048576))
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v -E "^WARNING|^$|which is not installed|pip's dependency resolver" >&2); }
-echo "install: $device, into .venv (about 2 minutes)"
+echo "install: $device, into .venv (about 3 minutes)"
 if [ "$device" = cuda ]; then
     pip -r requirements.txt -r requirements-dev.txt
 else
