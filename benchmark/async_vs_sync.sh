@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Figure 1 of the paper: win-rate over completions and over time, asynchronous (S = 1) against both synchronous placements.
-# tiny: Online DPO at three sizes, RLOO and PPO at m. Times are of seeds 1 to 3, one run at a time; 4 and 5 run side by side, for
+# tiny: Online DPO at three sizes, RLOO and PPO at m. Times are of seeds 1 to 3, one run at a time; 4 to 8 run side by side, for
 # their win-rates. `colocate`, which learns what `split` learns, is run for its times, at m.
 # docstrings: real text and a pretrained policy, Online DPO. paper: every algorithm and size. Three seeds each.
 set -euo pipefail
@@ -12,7 +12,7 @@ compare() { # compare ALGORITHM MODEL [FLAG ...]
         JOBS=1 SEEDS=$seed pair "$1"
         [[ $2 = *sft-[sl] ]] || JOBS=1 SEEDS=$seed colocate async_vs_sync "async_$1.py" "${own[@]}"
     done
-    [[ $scale != tiny || -n ${SEEDS:-} ]] || SEEDS=4,5 pair "$1"
+    [[ $scale != tiny || -n ${SEEDS:-} ]] || SEEDS=4,5,6,7,8 pair "$1"
 }
 pair() {
     run async_vs_sync "async_$1.py" "${own[@]}"
