@@ -17,7 +17,7 @@ import csv
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,14 +51,14 @@ FIGURES = {
     "epochs": [Panel(x, "accuracy", ("num_epochs",)) for x in ("episodes", "kl", "seconds")],
     "samples": [Panel(x, "win_rate", ("samples_per_prompt", "learning_rate")) for x in ("episodes", "kl", "seconds")],
     "lag": [Panel("max_staleness", "win_rate", ("loss",))],
-    "preparations": [Panel("num_mini_batches", "win_rate", ("seed",))],
+    "preparations": [Panel("num_mini_batches", "win_rate", ("algorithm",))],
     "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
     "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
     "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
 }
 # A column for each value, in this order; else all panels stand in one row.
 COLUMNS = {"async_vs_sync": "policy"}
-COLUMNS |= dict.fromkeys(("losses", "scale", "lag", "preparations", "math"), "algorithm")
+COLUMNS |= dict.fromkeys(("losses", "scale", "lag", "math"), "algorithm")
 ORDER = ["online_dpo", "rloo", "ppo", "sft-s", "sft-m", "sft-l"]
 SHOWN = {"async_vs_sync": {"algorithm": "online_dpo"}}  # in the figure, as in the paper's; the tables have all
 WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo": "PPO", "best_of_k": "best-of-2 SFT"}
@@ -258,7 +258,7 @@ def table(name: str) -> str:
     keys = ("algorithm",) * (kind in COLUMNS) + keys
     runs = max(map(len, groups(last(rows), keys + dials).values()))
     measures = ["win_rate" if "win_rate" in rows[0] else "accuracy", "kl"]
-    measures += ["seconds"] * (kind in ("samples", "epochs_time"))
+    measures += ["seconds"] * (kind in ("samples", "epochs"))
     measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
     for group in groups(last(rows), keys + dials + ("task",)).values():
         if len(tasks := {row["prepared"] or "on a former machine" for row in group}) > 1:
@@ -420,7 +420,7 @@ def judged() -> list[dict]:
 def digest(rows: list[dict]) -> str:
     """A line for each of ROWS: what the paper finds, what is found here, and the verdict.
 
-    Of several claims that decide it the first is shown; all are counted."""
+    Of several claims that decide it the first is shown, and the verdicts of all are counted."""
     lines = head(["figure", "the paper", "found here", "what was measured", "reproduced?"])
     deciding = {key: group for (key,), group in groups(rows, ("decides",)).items() if key}
     if unknown := set(deciding) - set(ROWS):
@@ -428,9 +428,9 @@ def digest(rows: list[dict]) -> str:
     for key, (figure, said) in ROWS.items():
         cells = ["", "", "not run here"]
         if claims := deciding.get(key):
-            first, agree = claims[0], sum(claim["verdict"] == "yes" for claim in claims)
-            count = f" ({agree} of {len(claims)})" if len(claims) > 1 else ""
-            cells = [first["found"], first["claim"], f"[{first['verdict']}](study/{first['experiment']}.md){count}"]
+            first, verdicts = claims[0], Counter(claim["verdict"] for claim in claims)
+            found = first["verdict"] if len(verdicts) == 1 else ", ".join(f"{n} {word}" for word, n in verdicts.items())
+            cells = [first["found"], first["claim"], f"[{found}](study/{first['experiment']}.md)"]
         lines.append(f"| {' | '.join([figure, said, *cells])} |")
     return "\n".join([*lines, ""])
 
@@ -463,7 +463,7 @@ def results() -> str:
         for way in ("split", "colocate"):
             slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
             cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in ratio_interval(slower))))
-        lines.append(f"| {' | '.join([algorithm, *cells])} |")
+        lines.append(f"| {' | '.join([WORDS[algorithm], *cells])} |")
     return "\n".join([*lines, ""])
 
 
