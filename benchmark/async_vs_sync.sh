@@ -12,7 +12,7 @@ compare() { # compare ALGORITHM MODEL [FLAG ...]
         JOBS=1 SEEDS=$seed pair "$1"
         [[ $2 = *sft-[sl] ]] || JOBS=1 SEEDS=$seed colocate async_vs_sync "async_$1.py" "${own[@]}"
     done
-    [[ $scale != tiny || -n ${SEEDS:-} ]] || SEEDS=4,5,6,7,8 pair "$1"
+    [[ $scale != tiny || -n ${SEEDS:-} ]] || JOBS=2 SEEDS=4,5,6,7,8 pair "$1"
 }
 pair() {
     run async_vs_sync "async_$1.py" "${own[@]}"

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -e tasks/docstrings/info.json ] || .venv/bin/python -m benchmark.tasks.docstrings
-for seed in ${SEEDS:-1}; do
+for seed in $(tr , " " <<< "${SEEDS:-1}"); do
     .venv/bin/python async_online_dpo.py --seed "$seed" --model tasks/docstrings/sft --dataset tasks/docstrings/data \
         --reward tasks/docstrings/rm --gold benchmark.tasks.docstrings:gold --dtype bfloat16 \
         --batch-size 32 --micro-batch-size 8 --total-episodes 1920 --prompt-length 100 --response-length 24 \

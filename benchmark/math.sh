@@ -25,5 +25,5 @@ all() {
 for seed in $(tr , ' ' <<< "${SEEDS:-1,2,3}"); do # in turn: times drift
     JOBS=1 SEEDS=$seed all
 done
-[[ $scale != tiny || -n ${SEEDS:-} ]] || SEEDS=4,5,6,7,8 all
+[[ $scale != tiny || -n ${SEEDS:-} ]] || JOBS=2 SEEDS=4,5,6,7,8 all
 draw math

@@ -7,9 +7,10 @@ of the paper goes into benchmark/README.md, a summary into README.md. Lines and 
 
 benchmark/claims.csv holds what the paper finds and what was expected here before the runs. A claim is a difference of
 runs, `plus` less `minus`, paired by seed (and by how the task was prepared). The verdict is on the 95 % t-interval of
-the mean difference (of times: of the mean logarithm of their ratio). Yes: it lies wholly above or below zero, as the
-paper finds, or within MARGIN, where the paper finds no difference. No: it contradicts the paper wholly, or lies within
-MARGIN though the paper finds a difference. `decides`: the row of benchmark/README.md that it decides, or helps to.
+the mean difference (of seconds and step_seconds: of the mean logarithm of their ratio). Yes: it lies wholly above or
+below zero, as the paper finds, or within MARGIN, where the paper finds no difference. No: it contradicts the paper
+wholly, or lies within MARGIN, and not wholly on the paper's side, though the paper finds a difference. `decides`: the
+row of benchmark/README.md that the claim decides, or helps to.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ FIGURES = {
     "preparations": [Panel("num_mini_batches", "win_rate", ("algorithm",))],
     "math": [Panel(x, "accuracy", ("way",)) for x in ("episodes", "seconds")],
     "chatbot": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
-    "overoptimisation": [Panel("kl", y, ("algorithm", "beta")) for y in ("win_rate", "score", "gold_score")],
+    "overoptimisation": [Panel("kl", y, ("algorithm",)) for y in ("win_rate", "score", "gold_score")],
 }
 # A column for each value, in this order; else all panels stand in one row.
 COLUMNS = {"async_vs_sync": "policy"}
@@ -63,7 +64,6 @@ ORDER = ["online_dpo", "rloo", "ppo", "sft-s", "sft-m", "sft-l"]
 SHOWN = {"async_vs_sync": {"algorithm": "online_dpo"}}  # in the figure, as in the paper's; the tables have all
 WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo": "PPO", "best_of_k": "best-of-2 SFT"}
 WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l"}
-WORDS |= {"rm-s": "reward model s", "rm-m": "reward model m"}
 OWN_LOSS = {"online_dpo": "dpo", "rloo": "proximal", "ppo": "behaviour"}
 SHARED = dict.fromkeys(("losses", "scale", "lag"), "off_policyness")  # experiment: whose table of results it shares
 USUAL = ("sft-m", "rm-m", "pythia410m-sft-tldr", "pythia410m-rm-tldr6.9b")  # policies and reward models
@@ -86,7 +86,7 @@ ROWS = {  # of the table in benchmark/README.md, each decided by the claim that 
     "policyness": ("3", "the more off-policy, the worse PPO gets"),
     "curve": ("3", "all on one curve of win-rate against KL"),
     "losses": ("4", "Online DPO bears off-policy data best"),
-    "sft": ("4", "best-of-2 SFT bears it worst"),
+    "sft": ("4", "best-of-2 SFT ends lowest"),
     "policy": ("5", "a larger policy bears it better"),
     "judge": ("5", "a larger reward model does not help"),
     "epochs": ("7", "three epochs on a batch buy win-rate"),
@@ -97,7 +97,7 @@ ROWS = {  # of the table in benchmark/README.md, each decided by the claim that 
 }
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
 MARGIN = {"points": 2.0, "points of share": 10.0, "%": 10.0, "nats": 0.0}  # less is called equal
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # at most ten seeds
 
 
 def number(value: str) -> float | str:
@@ -117,6 +117,10 @@ def read(name: str) -> list[dict]:
         rows = list(csv.DictReader(f))
     words = ("commit", "prepared", "torch", "transformers", "vllm")
     rows = [meaning({key: value if key in words else number(value) for key, value in row.items()}) for row in rows]
+    for (task,), group in groups(rows, ("task",)).items():
+        if len(prepared := {row["prepared"] for row in group}) > 1:
+            told = f"{results_of(name)} has runs on {task} as prepared {' and '.join(sorted(prepared))}"
+            raise SystemExit(f"benchmark.plot: {told}; delete it, or make the old ones again with KEEP=1")
     return [row for row in rows if shown(name.partition("-")[0], row)]
 
 
@@ -140,7 +144,6 @@ def meaning(row: dict) -> dict:
     algorithm = row.get("algo") or row["script"].removeprefix("async_")  # algo: of runs up to commit f474b45
     way = f"S={row['max_staleness']:.0f}" if row["max_staleness"] else row["placement"] or "split"
     names = {"policy": Path(row["model"]).name, "judge": Path(row["reward"]).name, "algorithm": algorithm, "way": way}
-    names["beta"] = row.get("beta" if algorithm == "online_dpo" else "kl_coef")  # the strength of the KL term
     names["prepared"] = row.get("prepared", "")
     return row | names | {"loss": row[algorithm.removeprefix("online_") + "_loss"], "accuracy": row.get("score")}
 
@@ -205,9 +208,14 @@ def label(axis, ends: dict[str, tuple[float, float, str]]) -> None:
 
 
 def name_of(lines: tuple, key: tuple) -> str:
-    """ "N = 4", "asynchronous", "policy s, reward model m, 0.0001"."""
+    """ "N = 4", "asynchronous", "best-of-2 SFT"."""
     words = [f"{DIALS[k][0]} = {text(value)}" if k in DIALS else text(value) for k, value in zip(lines, key)]
     return ", ".join(WORDS.get(word, word) for word in words)
+
+
+def y_of(panel: Panel, rows: list[dict]) -> str:
+    """What a panel shows: the win-rate in place of the accuracy where there is one."""
+    return "win_rate" if panel.y == "accuracy" and "win_rate" in rows[0] else panel.y
 
 
 def draw(name: str) -> None:
@@ -230,19 +238,21 @@ def draw(name: str) -> None:
         seen = [sorted({row[key] for row in alike}) for key in lines]
         for j, (key, group) in enumerate(groups(part, lines).items()):
             look = {"color": f"C{j}", "linestyle": "-"}
-            if 1 <= len(lines) <= 2:  # the first key is the colour, the second the dashes
+            if lines:  # the first key is the colour, the second the dashes
                 colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0])[:2]
                 look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes]}
             if key == ("colocate",) and panel.x == "episodes":  # it learns what split learns
                 continue
-            x, y = line(axis, group, panel.x, panel.y, **look)
+            if not timed(last(group), panel.x):  # it ran beside others, or diverged
+                continue
+            x, y = line(axis, group, panel.x, y_of(panel, rows), **look)
             ends[i][name_of(lines, key)] = x, y, look["color"]
         if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
         axis.set(xlabel=LABELS[panel.x], title=WORDS.get(title, title) if i < shape[1] else "")
         if i % shape[1] == 0 or kind not in COLUMNS:
-            axis.set_ylabel(LABELS[panel.y])
+            axis.set_ylabel(LABELS[y_of(panel, rows)])
     for axis, last_points in zip(axes.flat, ends):  # now that the axes have their limits
         label(axis, last_points)
     figure.savefig(f"benchmark/figures/{name}.png", dpi=90)
@@ -261,10 +271,6 @@ def table(name: str) -> str:
     measures += ["seconds"] * (kind in ("samples", "epochs"))
     measures += ["generation_seconds", "learning_seconds", "step_seconds"] * ("way" in lines)
     for group in groups(last(rows), keys + dials + ("task",)).values():
-        if len(tasks := {row["prepared"] or "on a former machine" for row in group}) > 1:
-            again = f"KEEP=1 bash benchmark/{kind}.sh {name.partition('-')[2]}".strip()
-            told = f"{name} has runs of one point on tasks prepared {' and '.join(sorted(tasks))}"
-            raise SystemExit(f"benchmark.plot: {told}; this makes the old ones again: {again}")
         if len({row["seed"] for row in group}) < len(group):
             raise SystemExit(f"benchmark.plot: {name} has runs of more than one grid, as {group[0]['command']}")
     if len(dials) == 1:
@@ -287,8 +293,8 @@ def table(name: str) -> str:
     told = f"Last evaluations: mean [95 % bootstrap interval], seeds {', '.join(map(text, seeds))}"
     fewest = min(len(timed(group, "seconds")) or len(group) for group in groups(last(rows), keys + dials).values())
     told += " (of three: their range, which holds the true mean in three cases of four)" * (fewest == 3)
-    tasks = sorted({row["prepared"] or "on a former machine" for row in rows})
-    told += f". Task prepared {', '.join(tasks)}."
+    tasks = sorted({row["prepared"] for row in rows} - {""})
+    told += f". Task prepared {', '.join(tasks)}." if tasks else "."
     if gone := sorted({row["command"] for row in rows if row["diverged"]}):
         told += " Diverged and left out: " + "; ".join(f"`{command}`" for command in gone) + "."
     return "\n".join([*lines, f"{told} Commit {', '.join(commits)}.", ""])
@@ -331,12 +337,13 @@ def differences(rows: list[dict], plus: str, minus: str, measure: str = "win_rat
     kl                     nats
     seconds, step_seconds  % (runs that had the machine for themselves)
     seconds_to             seconds until `plus` first has the last win-rate (or accuracy) of `minus`, against those
-                           until `minus` first has it, in %; evaluations are the resolution
-    win_rate_at_kl,        points above the curve of `minus` at the KL, or after the seconds, at which `plus` ends, if
-    win_rate_at_seconds,   `minus` gets there
-    accuracy_at_seconds
-    kept                   gain in win-rate since version 0 over that of the first of `minus`, in %, less 100; of two
-                           and two less the same share of the second of `minus` over that of `plus`
+                           until `minus` first has it, in %; evaluations are the resolution. Not a number where
+                           `plus` does not get there
+    win_rate_at_kl         points above the curve of `minus` at the KL at which `plus` ends; not a number beyond it
+    win_rate_at_seconds,   points above the curve of `minus` after the seconds that `plus` takes; beyond its end, above
+    accuracy_at_seconds    its end
+    kept                   of two and two: gain in win-rate since version 0 over that of the first of `minus`, less the
+                           second of `minus` over that of `plus`, in points of share
     """
     values = []
     for side in sides(plus) + sides(minus):
@@ -359,14 +366,13 @@ def difference(runs: list[list[dict]], measure: str) -> float:
         return float("nan")
     gains = [100 * (run[-1]["win_rate"] - run[0]["win_rate"]) for run in runs if measure == "kept"]
     match measure, len(runs):
-        case "kept", 2:
-            return 100 * (gains[0] / gains[1] - 1)
         case "kept", 4:
             return 100 * (gains[0] / gains[2] - gains[3] / gains[1])
         case (("win_rate_at_kl" | "win_rate_at_seconds" | "accuracy_at_seconds"), 2):
             y, x = measure.split("_at_")
             new, curve = runs[0][-1], {key: [row[key] for row in runs[1]] for key in (x, y)}
-            return 100 * (new[y] - np.interp(new[x], curve[x], curve[y], right=np.nan))
+            rising, beyond = np.maximum.accumulate(curve[x]), np.nan if x == "kl" else curve[y][-1]
+            return 100 * (new[y] - np.interp(new[x], rising, curve[y], right=beyond))
         case "seconds_to", 2:
             goal = "win_rate" if "win_rate" in runs[1][-1] else "accuracy"
             end = runs[1][-1][goal]
@@ -374,7 +380,7 @@ def difference(runs: list[list[dict]], measure: str) -> float:
             return 100 * (first[0] / first[1] - 1) if first[1] else float("nan")
         case (("seconds" | "step_seconds"), 2):
             return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
-    new, old = (sum(run[-1][measure] for run in half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
+    new, old = (run[-1][measure] for run in runs)
     return (new - old) * (1 if measure == "kl" else 100)
 
 
@@ -389,8 +395,7 @@ def verdict(paper: str, low: float, high: float, unit: str = "points") -> str:
 
 
 def unit_of(claim: dict) -> str:
-    share = "points of share" if claim["plus"].count("+") else "%"
-    units = {"kl": "nats"} | dict.fromkeys(("seconds", "step_seconds", "seconds_to", "kept"), share)
+    units = {"kl": "nats", "kept": "points of share"} | dict.fromkeys(("seconds", "step_seconds", "seconds_to"), "%")
     return units.get(claim["measure"], "points")
 
 
@@ -410,7 +415,7 @@ def judged() -> list[dict]:
             row["found"] = f"{np.isnan(found).sum()} of {len(found)} diverged or did not get there"
             row["verdict"] = "undecided" * bool(row["paper"])
         else:
-            ratio = row["measure"].removeprefix("step_") == "seconds" and unit == "%"
+            ratio = row["measure"] in ("seconds", "step_seconds")
             mean, low, high = (ratio_interval if ratio else t_interval)(found)
             row["found"] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {unit}"
             row["verdict"] = verdict(row["paper"], low, high, unit)
@@ -445,7 +450,7 @@ def page(name: str, rows: list[dict]) -> str:
     columns = ("claim", "paper", "expected", "found", "pairs", "verdict")
     parts += head(["claim", "the paper", "expected here", "found here", "pairs", "reproduced?"])
     parts += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows if row["experiment"] == name]
-    if results_of(name).exists() and kind in FIGURES:
+    if kind in FIGURES and results_of(name).exists() and read(name):
         parts += ["", table(name).rstrip()]
     return "\n".join([*parts, ""])
 
@@ -462,7 +467,8 @@ def results() -> str:
         cells.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*t_interval(differences(group, "way=S=1", "way=split"))))
         for way in ("split", "colocate"):
             slower = differences(group, f"way={way}", "way=S=1", "step_seconds")
-            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in ratio_interval(slower))))
+            told = "{:.2f} [{:.2f}, {:.2f}]".format(*(1 + p / 100 for p in ratio_interval(slower))) if slower else ""
+            cells.append(told)
         lines.append(f"| {' | '.join([WORDS[algorithm], *cells])} |")
     return "\n".join([*lines, ""])
 
@@ -530,7 +536,7 @@ def main(*names: str) -> None:
     if not names:
         weights()
     names_of = {kind: (kind, f"{kind}-docstrings", f"{kind}-paper") for kind in FIGURES}
-    have = [name for kind in FIGURES for name in names_of[kind] if results_of(name).exists()]
+    have = [name for kind in FIGURES for name in names_of[kind] if results_of(name).exists() and read(name)]
     for name in names or have:
         if name not in have:
             raise SystemExit(f"benchmark.plot: {name} has no results or no figure; there are {', '.join(have)}")

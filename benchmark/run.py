@@ -91,8 +91,8 @@ def git_commit() -> str:
     """The commit of this repository, marked if code differs from it; unknown outside of one."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     named = subprocess.run([*git, "describe", "--always", "--abbrev=12", "--exclude=*"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.sh"], capture_output=True).returncode
-    return (named.stdout.strip() + ("-dirty" if changed else "")) if named.returncode == 0 else "unknown"
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py", ":/*.sh"], capture_output=True)
+    return (named.stdout.strip() + ("-dirty" if changed.returncode else "")) if named.returncode == 0 else "unknown"
 
 
 def finished(folder: Path) -> bool:

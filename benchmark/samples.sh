@@ -15,8 +15,8 @@ for seed in $(tr , ' ' <<< "${SEEDS:-1,2,3}"); do # in turn: times drift
     JOBS=1 SEEDS=$seed four
 done
 if [ "$scale" = tiny ]; then
-    [ -n "${SEEDS:-}" ] || SEEDS=4,5,6,7,8 two
-    [ -n "${SEEDS:-}" ] || SEEDS=4,5,6,7,8 four
-    SEEDS=${SEEDS:-1,2,3,4,5,6,7,8} four --learning-rate 4e-4
+    [ -n "${SEEDS:-}" ] || JOBS=2 SEEDS=4,5,6,7,8 two
+    [ -n "${SEEDS:-}" ] || JOBS=2 SEEDS=4,5,6,7,8 four
+    JOBS=2 SEEDS=${SEEDS:-1,2,3,4,5,6,7,8} four --learning-rate 4e-4
 fi
 draw samples

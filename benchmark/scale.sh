@@ -9,7 +9,7 @@ updates() { # updates SCRIPT N[,N...] [FLAG ...]
 }
 case $scale in
 tiny)
-    own=() large=(--model "${sizes[2]}" --learning-rate 1e-4) # at 2e-4 a seed of it collapses
+    large=(--model "${sizes[2]}" --learning-rate 1e-4) # at 2e-4 a seed of it collapses
     for own in "" "--model ${sizes[0]}" "${large[*]}"; do
         updates async_online_dpo.py 1,16,64 $own
         updates async_rloo.py 1,16 $own
@@ -20,8 +20,9 @@ tiny)
     ;;
 paper)
     for model in "${sizes[@]}"; do
-        [[ $model != *2.8b* ]] || short+=(--micro-batch-size 4)
-        updates async_online_dpo.py 1,4,16 --model "$model"
+        own=(--model "$model")
+        [[ $model != *2.8b* ]] || own+=(--micro-batch-size 4)
+        updates async_online_dpo.py 1,4,16 "${own[@]}"
     done
     updates async_online_dpo.py 1,4,16 --reward "$other_reward"
     ;;

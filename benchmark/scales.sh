@@ -1,10 +1,10 @@
 # Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download), paper (TL;DR,
 # 4 GPUs: three learn, or LEARNERS, and one generates) or, in async_vs_sync.sh, docstrings (real text on 2 cores). Sets
 # `scale`, `sizes` of the policy, `flags` that all runs of an experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short`
-# for those that make 64 updates (tiny); what a run names itself comes after them and wins. SEEDS=1,2 runs these seeds
-# instead of 1 to 5 (tiny) or 1 to 3.
+# for those that make 64 updates (tiny). What a command of an experiment names itself comes after them and wins. SEEDS=1,2 runs
+# these seeds alone, in every group of runs; the default of a group that names none is 1 to 5 (tiny) or 1 to 3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scale=${1:-tiny} task=${task:-tldr_tiny} suffix= seeds=1,2,3 python=.venv/bin/python dpo=() rloo=() ppo=()
+scale=${1:-tiny} task=${task:-tldr_tiny} suffix= seeds=1,2,3 learners=${LEARNERS:-3} python=.venv/bin/python dpo=() rloo=() ppo=()
 [[ " ${scales:=tiny or paper} " == *" $scale "* && $scale != *or* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
 [ -x $python ] || { echo "$0: no $python here: make install" >&2; exit 2; }
 prepare() { # prepare TASK FOLDER [FLAG ...]: unless its folder is there
@@ -45,7 +45,6 @@ paper)
     dpo=(--total-episodes 258048 --batch-size 1008) # 504 pairs
     ppo=(--samples-per-prompt 1)
     suffix=-paper short=(--save-every 4)
-    learners=${LEARNERS:-3}
     export LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node $learners"
     ;;
 esac

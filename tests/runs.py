@@ -69,6 +69,7 @@ def engine_of(pid):
 def dry(name, scale):
     """The commands of an experiment of benchmark/, as lists of words."""
     bash = ["bash", f"benchmark/{name}", scale]
-    done = subprocess.run(bash, cwd=HERE, env=os.environ | {"DRY": "1"}, capture_output=True, text=True)
+    env = {key: value for key, value in os.environ.items() if key not in ("SEEDS", "KEEP", "LAUNCH", "LEARNERS")}
+    done = subprocess.run(bash, cwd=HERE, env=env | {"DRY": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
