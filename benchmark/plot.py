@@ -380,7 +380,7 @@ def difference(runs: list[list[dict]], measure: str) -> float:
             return 100 * (first[0] / first[1] - 1) if first[1] else float("nan")
         case (("seconds" | "step_seconds"), 2):
             return 100 * (runs[0][-1][measure] / runs[1][-1][measure] - 1)
-    new, old = (run[-1][measure] for run in runs)
+    new, old = (sum(run[-1][measure] for run in half) for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :]))
     return (new - old) * (1 if measure == "kl" else 100)
 
 

@@ -114,6 +114,7 @@ def test_differences():
     assert plot.differences(rows, "loss=b + loss=a", "loss=a + loss=b", "kept") == pytest.approx([0])
     half = [row | {"step_seconds": row["step_seconds"] / (1 + (row["loss"] == "b"))} for row in rows]
     assert plot.differences(half, "loss=b", "loss=a", "step_seconds") == pytest.approx([-50])
+    assert plot.differences(rows, "loss=b + loss=b", "loss=a + loss=b") == pytest.approx([-10])
     assert plot.differences(rows, "loss=b + loss=b", "loss=a + loss=b", "kept") == pytest.approx([-50])
     assert plot.differences(late, "loss=b", "loss=a", "win_rate_at_seconds") == pytest.approx([-10])  # after its end
     assert plot.differences(rows, "loss=a", "loss=b", "win_rate_at_kl") == pytest.approx([float("nan")], nan_ok=True)
