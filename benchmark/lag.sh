@@ -6,9 +6,10 @@ set -euo pipefail
 lagging() { # lagging SCRIPT S[,S...] [FLAG ...]
     run off_policyness "$1" --max-staleness "$2" "${short[@]}" --num-mini-batches 1 "${@:3}"
 }
-for script in async_online_dpo.py async_rloo.py async_ppo.py; do
-    lagging $script 0,16
-done
+lagging async_online_dpo.py 0,16
+lagging async_rloo.py 0,16
+lagging async_ppo.py 0 "${curve[@]}" # as in off_policyness.sh
+lagging async_ppo.py 16
 SEEDS=${SEEDS:-1,2,3}
 lagging async_rloo.py 16 --rloo-loss vanilla,truncated
 lagging async_ppo.py 16 --ppo-loss recompute,decoupled

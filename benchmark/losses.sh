@@ -10,9 +10,10 @@ esac
 updates() { # updates SCRIPT N[,N...] [FLAG ...]
     run off_policyness "$1" --max-staleness 0 "${short[@]}" --num-mini-batches "$2" "${@:3}"
 }
-for script in async_online_dpo.py async_rloo.py async_ppo.py; do
-    updates $script $batches
-done
+updates async_online_dpo.py $batches
+updates async_rloo.py $batches
+updates async_ppo.py 1 "${curve[@]}" # as in off_policyness.sh
+updates async_ppo.py "${batches#1,}"
 updates async_online_dpo.py $few --dpo-loss best_of_k
 SEEDS=${SEEDS:-1,2,3}
 updates async_online_dpo.py 16 --dpo-loss ipo

@@ -36,10 +36,10 @@ class Panel(NamedTuple):
     lines: tuple[str, ...]
 
 
-DIALS = {"max_staleness": "S: lag in batches", "num_mini_batches": "N: mini-batches per generated batch"}
+DIALS = {"max_staleness": "S: lag in batches", "num_mini_batches": "N: updates on one generated batch"}
 DIALS |= {"num_epochs": "T: epochs per batch", "samples_per_prompt": "K: samples per prompt"}
 LABELS = DIALS | {"win_rate": "gold win-rate", "kl": "KL to the reference, per response", "score": "proxy reward"}
-LABELS |= {"seconds": "seconds of training", "episodes": "completions", "gold_score": "gold reward"}
+LABELS |= {"seconds": "seconds of training (runs timed alone)", "episodes": "completions", "gold_score": "gold reward"}
 LABELS |= {"accuracy": "accuracy on held-out problems"}
 FIGURES = {
     "async_vs_sync": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
@@ -65,6 +65,9 @@ SHOWN = {"async_vs_sync": {"algorithm": "online_dpo"}}  # in the figure, as in t
 WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo": "PPO", "best_of_k": "best-of-2 SFT"}
 WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l"}
 OWN_LOSS = {"online_dpo": "dpo", "rloo": "proximal", "ppo": "behaviour"}
+LOSSES = ("best_of_k", "ipo", "vanilla", "truncated", "topr", "copg", "asymre", "recompute", "decoupled", "cispo")
+COLOURS = dict.fromkeys(OWN_LOSS.values(), "black")
+COLOURS |= dict(zip(LOSSES, (f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 0))))
 SHARED = dict.fromkeys(("losses", "scale", "lag"), "off_policyness")  # experiment: whose table of results it shares
 USUAL = ("sft-m", "rm-m", "pythia410m-sft-tldr", "pythia410m-rm-tldr6.9b")  # policies and reward models
 STUDY = {  # experiment: title of its page; those of the paper's figures first
@@ -82,7 +85,7 @@ STUDY = {  # experiment: title of its page; those of the paper's figures first
 }
 ROWS = {  # of the table in benchmark/README.md, each decided by the claim that names it: figure, what the paper finds
     "good": ("1", "asynchronous as good as synchronous"),
-    "fast": ("1", "and faster, 1.25 times at 2.8B"),
+    "fast": ("1", "and faster, 1.25 times (-20 %) at 2.8B"),
     "policyness": ("3", "the more off-policy, the worse PPO gets"),
     "curve": ("3", "all on one curve of win-rate against KL"),
     "losses": ("4", "Online DPO bears off-policy data best"),
@@ -93,7 +96,7 @@ ROWS = {  # of the table in benchmark/README.md, each decided by the claim that 
     "samples": ("8", "four samples: as far in half the updates"),
     "chatbot": ("9", "a chatbot: as good, and 40 % faster"),
     "accurate": ("GSM8K", "asynchronous as accurate"),
-    "math": ("GSM8K", "and faster, 1.7 times"),
+    "math": ("GSM8K", "and faster, 1.7 times (-41 %)"),
 }
 LETTERS = {label[0]: dial for dial, label in DIALS.items()}
 MARGIN = {"points": 2.0, "points of share": 10.0, "%": 10.0, "nats": 0.0}  # less is called equal
@@ -187,12 +190,16 @@ def text(value) -> str:
 
 
 def line(axis, rows: list[dict], x: str, y: str, **look) -> tuple[float, float]:
-    """Draw the mean of runs and its interval. Returns the last point."""
+    """Draw the mean of runs and its interval; of two evaluations only the end. Returns the last point."""
     points = groups(last(rows), (x,)) if x in DIALS else groups(timed(rows, x), ("version",))
     found = [(np.mean([row[x] for row in p]), *interval([row[y] for row in p])) for p in points.values()]
+    found = found[-1:] if len(found) == 2 and x not in DIALS else found
     where, middle, low, high = np.array(found).T
     axis.plot(where, middle, marker="o", markersize=3, **look)
-    axis.fill_between(where, low, high, alpha=0.15, color=look["color"])
+    if len(found) > 1:
+        axis.fill_between(where, low, high, alpha=0.15, color=look["color"])
+    else:
+        axis.vlines(where, low, high, color=look["color"], alpha=0.5)
     return where[-1], middle[-1]
 
 
@@ -203,7 +210,7 @@ def label(axis, ends: dict[str, tuple[float, float, str]]) -> None:
     for name, (x, y, colour) in sorted(ends.items(), key=lambda end: end[1][1]):
         below = max((y - low) / (high - low), below + line_height)
         place = dict(xytext=(1.01, below), textcoords="axes fraction", va="center", fontsize=8, color=colour)
-        arrow = dict(arrowstyle="-", color=colour, linewidth=0.4)
+        arrow = dict(arrowstyle="-", color="grey", linewidth=0.5, linestyle=":")
         axis.annotate(name, (x, y), arrowprops=arrow, annotation_clip=False, **place)
 
 
@@ -240,7 +247,7 @@ def draw(name: str) -> None:
             look = {"color": f"C{j}", "linestyle": "-"}
             if lines:  # the first key is the colour, the second the dashes
                 colour, dashes = ([values.index(value) for values, value in zip(seen, key)] + [0])[:2]
-                look = {"color": f"C{colour}", "linestyle": ["-", "--", ":"][dashes]}
+                look = {"color": COLOURS.get(key[0], f"C{colour}"), "linestyle": ["-", "--", ":"][dashes]}
             if key == ("colocate",) and panel.x == "episodes":  # it learns what split learns
                 continue
             if not timed(last(group), panel.x):  # it ran beside others, or diverged
@@ -250,6 +257,12 @@ def draw(name: str) -> None:
         if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
             axis.xaxis.set_major_formatter("{x:g}")
+        if panel.x in DIALS and panel.y == "win_rate":
+            for (policy,), group in groups(part, ("policy",)).items():
+                start = np.mean([row["win_rate"] for row in group if not row["version"]])
+                axis.axhline(start, color="grey", linewidth=0.8, linestyle="--")
+                told = f"{WORDS.get(policy, policy)}, before" if "policy" in lines else "before training"
+                ends[i][told] = axis.get_xlim()[1], start, "grey"
         axis.set(xlabel=LABELS[panel.x], title=WORDS.get(title, title) if i < shape[1] else "")
         if i % shape[1] == 0 or kind not in COLUMNS:
             axis.set_ylabel(LABELS[y_of(panel, rows)])
@@ -426,7 +439,7 @@ def digest(rows: list[dict]) -> str:
     """A line for each of ROWS: what the paper finds, what is found here, and the verdict.
 
     Of several claims that decide it the first is shown, and the verdicts of all are counted."""
-    lines = head(["figure", "the paper", "found here", "what was measured", "reproduced?"])
+    lines = head(["figure", "the paper", "what was measured here", "found", "reproduced?"])
     deciding = {key: group for (key,), group in groups(rows, ("decides",)).items() if key}
     if unknown := set(deciding) - set(ROWS):
         raise SystemExit(f"benchmark.plot: claims.csv decides {', '.join(unknown)}, which is none of {', '.join(ROWS)}")
@@ -435,7 +448,7 @@ def digest(rows: list[dict]) -> str:
         if claims := deciding.get(key):
             first, verdicts = claims[0], Counter(claim["verdict"] for claim in claims)
             found = first["verdict"] if len(verdicts) == 1 else ", ".join(f"{n} {word}" for word, n in verdicts.items())
-            cells = [first["found"], first["claim"], f"[{found}](study/{first['experiment']}.md)"]
+            cells = [first["claim"], first["found"], f"[{found}](study/{first['experiment']}.md)"]
         lines.append(f"| {' | '.join([figure, said, *cells])} |")
     return "\n".join([*lines, ""])
 

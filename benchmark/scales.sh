@@ -1,8 +1,9 @@
 # Sourced by the experiments. The first argument is the scale: tiny (the default, 2 cores, no download), paper (TL;DR,
 # 4 GPUs: three learn, or LEARNERS, and one generates) or, in async_vs_sync.sh, docstrings (real text on 2 cores). Sets
 # `scale`, `sizes` of the policy, `flags` that all runs of an experiment share, `dpo`, `rloo` and `ppo` for runs of these, `short`
-# for those that make 64 updates (tiny). What a command of an experiment names itself comes after them and wins. SEEDS=1,2 runs
-# these seeds alone, in every group of runs; the default of a group that names none is 1 to 5 (tiny) or 1 to 3.
+# for those that make 64 updates (tiny), `curve` for those whose evaluations are the points of a curve. What a command of an
+# experiment names itself comes after them and wins. SEEDS=1,2 runs these seeds alone, in every group of runs; the default of
+# a group that names none is 1 to 5 (tiny) or 1 to 3.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scale=${1:-tiny} task=${task:-tldr_tiny} suffix= seeds=1,2,3 learners=${LEARNERS:-3} python=.venv/bin/python dpo=() rloo=() ppo=()
 [[ " ${scales:=tiny or paper} " == *" $scale "* && $scale != *or* ]] || { echo "$0: the scale is $scales, not $scale" >&2; exit 2; }
@@ -18,6 +19,7 @@ tiny)
     flags=(--total-episodes 5120 --learning-rate 2e-4 --eval-split test --eval-every 10 --eval-prompts 1024
         --eval-temperature 0.7) # as in training: near-greedy, every response of so small a policy is one of three templates
     short=(--batch-size 64 --total-episodes 4096 --lr-schedule per_update --eval-every 16)
+    curve=(--eval-every 4)
     [ "$task" != math_tiny ] ||
         flags+=(--model tasks/math-tiny/sft --dataset tasks/math-tiny/data --reward benchmark.tasks.math_tiny:reward
             --gold "" --batch-size 256 --total-episodes 7680 --temperature 1.0 --missing-eos-score 0
@@ -44,7 +46,7 @@ paper)
         --temperature 0.7 --learning-rate 3e-6 --eval-every 64 --eval-prompts 6444 --gpu-memory-utilization 0.9)
     dpo=(--total-episodes 258048 --batch-size 1008) # 504 pairs
     ppo=(--samples-per-prompt 1)
-    suffix=-paper short=(--save-every 4)
+    suffix=-paper short=(--save-every 4) curve=(--eval-every 16)
     export LAUNCH=".venv/bin/torchrun --standalone --nproc_per_node $learners"
     ;;
 esac
