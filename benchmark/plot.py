@@ -66,7 +66,7 @@ WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo
 WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l"}
 OWN_LOSS = {"online_dpo": "dpo", "rloo": "proximal", "ppo": "behaviour"}
 LOSSES = ("best_of_k", "ipo", "vanilla", "truncated", "topr", "copg", "asymre", "recompute", "decoupled", "cispo")
-COLOURS = dict.fromkeys(OWN_LOSS.values(), "black")
+COLOURS = {"S=1": "C0", "colocate": "C1", "split": "C2"} | dict.fromkeys(OWN_LOSS.values(), "black")
 COLOURS |= dict(zip(LOSSES, (f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9, 0))))
 SHARED = dict.fromkeys(("losses", "scale", "lag"), "off_policyness")  # experiment: whose table of results it shares
 USUAL = ("sft-m", "rm-m", "pythia410m-sft-tldr", "pythia410m-rm-tldr6.9b")  # policies and reward models
@@ -241,8 +241,7 @@ def draw(name: str) -> None:
     ends = [{} for _ in places]
     for i, (axis, (panel, part, title)) in enumerate(zip(axes.flat, places)):
         lines = varying(part, panel.lines)
-        alike = rows if kind == "async_vs_sync" else part  # in these panels a value has one colour
-        seen = [sorted({row[key] for row in alike}) for key in lines]
+        seen = [sorted({row[key] for row in part}) for key in lines]
         for j, (key, group) in enumerate(groups(part, lines).items()):
             look = {"color": f"C{j}", "linestyle": "-"}
             if lines:  # the first key is the colour, the second the dashes

@@ -214,6 +214,21 @@ def test_what_ran_side_by_side_has_no_line_over_seconds(tmp_path, monkeypatch):
     assert [len(axis.get_lines()) for axis in figure.axes] == [3, 3, 1]
 
 
+def test_two_evaluations_are_no_curve(monkeypatch):
+    """Figure 3: of N = 1 a curve of win-rate against KL, of the others their ends; and where all began."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(plot.plt, "close", lambda figure: None)
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *_, **__: None)
+    plot.draw("off_policyness")
+    figure = plot.plt.gcf()
+    monkeypatch.undo()
+    plot.plt.close(figure)
+    against_n, against_kl = figure.axes
+    one, *others = [len(line.get_xdata()) for line in against_kl.get_lines()]
+    assert one > 10 and others == [1, 1, 1]
+    assert "before training" in [text.get_text() for text in against_n.texts]
+
+
 def test_an_experiment_without_runs_has_a_page(monkeypatch):
     monkeypatch.chdir(HERE)
     monkeypatch.setattr(plot, "read", lambda name: [])
@@ -280,7 +295,7 @@ def test_a_grid_runs_goes_on_and_draws(task, tmp_path, monkeypatch, capsys):
     with open("benchmark/results/preparations.csv", "a") as f:  # of another machine
         csv.DictWriter(f, rows[0]).writerows(row | {"seed": "3"} for row in third)
     plot.main("preparations")
-    assert "+0.0 [+0.0, +0.0] points | nothing | [yes](study/preparations.md)" in page.read_text()
+    assert "nothing | +0.0 [+0.0, +0.0] points | [yes](study/preparations.md)" in page.read_text()
     study = (tmp_path / "benchmark/study/preparations.md").read_text()
     assert "win_rate" in study and "+0.0 [+0.0, +0.0] points | 3 | yes |" in study
     assert "| to come |  |  |  | 0 | not run |" in study
