@@ -47,7 +47,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # before the imports that read these variables; those that the user has set win
+if __name__ == "__main__":  # before the imports, and for vLLM's process; what the user has set wins
     print("Loading torch, transformers and datasets", flush=True)
     quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
     quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
@@ -94,10 +94,10 @@ class Args:
     track: bool = False  # log to Weights & Biases too (set WANDB_MODE=offline for no network)
 
     total_episodes: int = 12_800  # completions to generate in the whole run
-    batch_size: int = 128  # completions generated per update; a generated batch has num_mini_batches times as many
+    batch_size: int = 128  # completions of a mini-batch, for one update; num_mini_batches of these make a batch
     micro_batch_size: int = 32  # completions per forward and backward pass (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
-    num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (the paper's N: off-policyness)
+    num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (off-policyness, the paper's N)
     num_epochs: int = 1  # T: passes over each generated batch
     max_staleness: int = 1  # S: batch t is made by the weights of version max(0, t - S); 0 is synchronous
     placement: Literal["split", "colocate"] = "split"  # split: devices generate or learn; colocate: both in turn
@@ -219,7 +219,7 @@ class Request:
     """What the learner asks for: one response to each of these prompts, made with these weights."""
 
     name: str  # batch-t or eval-t
-    weights: Weights | None
+    weights: Weights | None  # none if the answer was restored from a checkpoint
     rows: list[int]  # indices into the data set, each repeated `samples` times
     prompts: list[list[int]]  # their token ids
     samples: int
@@ -363,7 +363,7 @@ def probe_limit(policy: Policy, probe: list[int], args: Args, devices: "Devices"
     """How far vLLM and learner may differ on the probe: a multiple of what bfloat16 changes in the learner."""
     tokens, dtypes = ([probe[:1]], [probe[1:]]), ("float32", "bfloat16")
     full, rounded = (plain_logprobs(policy, *tokens, replace(args, dtype=dtype), devices) for dtype in dtypes)
-    # Of float32 a CPU keeps 16 bits more than bfloat16, and vLLM's attention on a GPU 3 bits more (TF32).
+    # bfloat16: 8 times. Of float32, a GPU keeps 3 bits more (TF32): once; a CPU 16 more: 2^-13 times, 2^-8 to be safe.
     limits = {("cpu", "float32"): (1e-4, 2**-8), ("cuda", "float32"): (0.02, 1)}  # the least limit, the multiple
     least, multiple = limits.get((devices.device.type, args.dtype), (0.1, 8))
     return max(least, multiple * (full - rounded).abs().max().item())
@@ -405,7 +405,6 @@ class Batch:
     responses: Tensor  # (N, R) right padding
     mask: Tensor  # (N, R) true at response tokens
     behaviour_logprobs: Tensor | None = None  # (N, R) of the policy mu that sampled, as the generator recorded them
-    scores: Tensor | None = None  # (N,) after the rule of --missing-eos-score
     ref_logprobs: Tensor | None = None  # (N, R) of the reference
     # Made by ppo_targets:
     old_logprobs: Tensor | None = None  # (N, R) of the policy in the ratio's denominator
@@ -421,10 +420,10 @@ def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: in
     return torch.where(ended, scores, args.missing_eos_score)
 
 
-def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, args, devices) -> Batch:
-    """Tensors of a rollout and its scores (N,), with the reference's log-probabilities; samples: rows per prompt."""
+def make_batch(rollout: Rollout, samples: int, reference: Policy, args: Args, devices: "Devices") -> Batch:
+    """Tensors of a rollout, with the reference's log-probabilities; samples: rows per prompt."""
     prompts = pad(rollout.prompts[::samples], devices.device, "left")
-    batch = Batch(samples, *prompts, *pad(rollout.responses, devices.device), scores=scores.to(devices.device))
+    batch = Batch(samples, *prompts, *pad(rollout.responses, devices.device))
     batch.behaviour_logprobs, _ = pad(rollout.logprobs, devices.device)
     batch.ref_logprobs = all_rows(reference, batch, args, devices)
     return batch
@@ -441,7 +440,7 @@ def micro_batches(batch: Batch, prompts: Tensor, args: Args) -> list[Tensor]:
 def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
     """The model's outputs for rows (n,), which are all rows of some prompts: (n, R), of a ScoreModel (n, 1 + R)."""
     prompts = rows[:: batch.samples] // batch.samples
-    prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]
+    prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]  # in front: so that P can be 2
     P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # cut what is padding in all rows, but P > 1
     queries = (F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:])
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -452,7 +451,7 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
 def all_rows(model: nn.Module, batch: Batch, args: Args, devices: "Devices") -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     rows = micro_batches(batch, torch.arange(len(batch.prompts)), args)
-    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # no_grad is of one thread, map() of two
+    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # in map()'s second thread too
     outputs = devices.map(function, rows)
     return torch.cat(list(outputs))[torch.cat(rows).argsort()]
 
@@ -481,7 +480,7 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
         if devices.helper:  # two threads must not both add to .grad: the loop below does, always in the same order
             return torch.autograd.grad(loss, parameters, materialize_grads=True), micro_metrics
         loss.backward()  # adds to .grad itself, as FSDP needs it
-        return (), micro_metrics
+        return (), micro_metrics  # nothing is left to add
 
     for u in range(updates):
         finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
@@ -545,18 +544,18 @@ def gae(rewards: Tensor, values: Tensor, args: Args) -> Tensor:
     return advantages
 
 
-def ppo_targets(model: ActorCritic, batch: Batch, args: Args, devices) -> None:
+def ppo_targets(model: ActorCritic, batch: Batch, scores: Tensor, args: Args, devices) -> None:
     """Add old log-probabilities, values, advantages and returns to the batch.
 
     Reward of a token: -kl_coef (log mu - log ref); the last token has the score too. Advantages are whitened over the
     batch, returns are not (TRL, ppo_trainer.py).
     """
-    mask, N = batch.mask, len(batch.scores)
+    mask, N = batch.mask, len(scores)
     batch.old_logprobs = batch.behaviour_logprobs
     if args.ppo_loss in ("recompute", "truncated", "decoupled"):
         batch.old_logprobs = all_rows(model.policy, batch, args, devices)
     rewards = -args.kl_coef * (batch.behaviour_logprobs - batch.ref_logprobs)  # (N, R)
-    rewards[torch.arange(N), mask.sum(1) - 1] += batch.scores
+    rewards[torch.arange(N), mask.sum(1) - 1] += scores
     batch.values = all_rows(model.value_model, batch, args, devices)
     advantages = gae(rewards, batch.values, args)
     batch.returns = advantages + batch.values
@@ -625,7 +624,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, end_ids: l
     if gold is not None:
         values["gold_score"] = gold(rollout.prompts, rollout.responses, columns, 1)
         values["win_rate"] = values["gold_score"] > gold(rollout.prompts, columns["reference_ids"], columns, 1)
-    batch = make_batch(rollout, scores, 1, reference, args, devices)
+    batch = make_batch(rollout, 1, reference, args, devices)
     values["kl"] = (all_rows(policy, batch, args, devices) - batch.ref_logprobs).sum(1)
     values |= {"response_length": batch.mask.sum(1), "nll": -batch.ref_logprobs.sum(1)}
     values["tokens"] = batch.prompt_mask.sum(1) + batch.mask.sum(1)
@@ -654,8 +653,9 @@ def main(args: Args) -> None:
         if devices.generates:
             generator.start_weights = weights
             generator.start()
-        generator.limit = probe_limit(policy, probe, args, devices)
-        reference = shard(Policy(args).requires_grad_(False), args, device)
+        reference = Policy(args).requires_grad_(False).eval()
+        generator.limit = probe_limit(reference, probe, args, devices)  # before FSDP, which rounds float32 as well
+        reference = shard(reference, args, device)
 
         for t in range(first, args.num_batches + 1):
             # 1. Submit: S + 1 batches are in flight. Version t makes batch t + S; version 0 makes batches 0 to S.
@@ -682,8 +682,8 @@ def main(args: Args) -> None:
             # 3. Label it.
             with run.timed("learner", "label", step=t):
                 scores = score_rollout(rollout, train_data[rollout.rows], reward, K, end_ids, args)
-                batch = make_batch(rollout, scores, K, reference, args, devices)
-                ppo_targets(model, batch, args, devices)
+                batch = make_batch(rollout, K, reference, args, devices)
+                ppo_targets(model, batch, scores.to(device), args, devices)
 
             # 4. Learn from it: version t + 1.
             with run.timed("learner", "learn", step=t):
@@ -969,7 +969,7 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
         model=args.model if cuda else str(weights.folder),  # a path known from before reuses torch.compile's cache
         dtype=args.dtype, seed=args.seed,
         max_model_len=longest, max_num_batched_tokens=max(8192, longest),
-        enable_prefix_caching=True, block_size=None if cuda else 32,  # K samples of a prompt read it once
+        enable_prefix_caching=True, block_size=None if cuda else 32,  # K samples share a prompt's blocks
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
         distributed_executor_backend=UniProcExecutor,  # no third process: its message queue would spin on a core

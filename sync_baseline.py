@@ -11,8 +11,8 @@ Five steps, for every batch t:
 `diff async_online_dpo.py sync_baseline.py` is the lesson: asynchrony is a deque of requests in flight. With --placement
 split one half of the devices idles (the protocol of arXiv 2410.18252); colocate is the strongest baseline.
 
-Shapes: B prompts a batch, K samples a prompt, N = B*K rows (responses; a learner has its share), P prompt length,
-R response length, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.
+Shapes: B prompts a batch, K samples a prompt, N rows (responses: B*K as sampled, 2B as pairs; a learner has its share),
+P prompt length, R response length, V vocabulary, H hidden size; a micro-batch has n rows, of b prompts.
 
     python sync_baseline.py                                       # needs: python -m benchmark.tasks.tldr_tiny
     torchrun --nproc_per_node 4 sync_baseline.py --placement colocate ...     # 4 GPUs: each generates, then each learns
@@ -44,7 +44,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # before the imports that read these variables; those that the user has set win
+if __name__ == "__main__":  # before the imports, and for vLLM's process; what the user has set wins
     print("Loading torch, transformers and datasets", flush=True)
     quiet = dict(VLLM_LOGGING_LEVEL="ERROR", TRANSFORMERS_VERBOSITY="error", TORCH_CPP_LOG_LEVEL="ERROR")
     quiet |= dict(TORCH_LOGS="-torch._library.triton", PYTHONWARNINGS="ignore", VLLM_NO_USAGE_STATS="1")
@@ -91,10 +91,10 @@ class Args:
     track: bool = False  # log to Weights & Biases too (set WANDB_MODE=offline for no network)
 
     total_episodes: int = 12_800  # completions to generate in the whole run
-    batch_size: int = 128  # completions generated per update; a generated batch has num_mini_batches times as many
+    batch_size: int = 128  # completions of a mini-batch, for one update; num_mini_batches of these make a batch
     micro_batch_size: int = 32  # completions per forward and backward pass (changes memory, not results)
     samples_per_prompt: int = 2  # K: completions per prompt
-    num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (the paper's N: off-policyness)
+    num_mini_batches: int = 1  # parts of a generated batch, one update each per epoch (off-policyness, the paper's N)
     num_epochs: int = 1  # T: passes over each generated batch
     placement: Literal["split", "colocate"] = "split"  # split: devices generate or learn; colocate: both in turn
     prompt_length: int = 128  # longest prompt, in tokens; rows with longer ones are left out
@@ -211,7 +211,7 @@ class Request:
     """What the learner asks for: one response to each of these prompts, made with these weights."""
 
     name: str  # batch-t or eval-t
-    weights: Weights | None
+    weights: Weights | None  # none if the answer was restored from a checkpoint
     rows: list[int]  # indices into the data set, each repeated `samples` times
     prompts: list[list[int]]  # their token ids
     samples: int
@@ -355,7 +355,7 @@ def probe_limit(policy: Policy, probe: list[int], args: Args, devices: "Devices"
     """How far vLLM and learner may differ on the probe: a multiple of what bfloat16 changes in the learner."""
     tokens, dtypes = ([probe[:1]], [probe[1:]]), ("float32", "bfloat16")
     full, rounded = (plain_logprobs(policy, *tokens, replace(args, dtype=dtype), devices) for dtype in dtypes)
-    # Of float32 a CPU keeps 16 bits more than bfloat16, and vLLM's attention on a GPU 3 bits more (TF32).
+    # bfloat16: 8 times. Of float32, a GPU keeps 3 bits more (TF32): once; a CPU 16 more: 2^-13 times, 2^-8 to be safe.
     limits = {("cpu", "float32"): (1e-4, 2**-8), ("cuda", "float32"): (0.02, 1)}  # the least limit, the multiple
     least, multiple = limits.get((devices.device.type, args.dtype), (0.1, 8))
     return max(least, multiple * (full - rounded).abs().max().item())
@@ -397,7 +397,6 @@ class Batch:
     responses: Tensor  # (N, R) right padding
     mask: Tensor  # (N, R) true at response tokens
     behaviour_logprobs: Tensor | None = None  # (N, R) of the policy mu that sampled, as the generator recorded them
-    scores: Tensor | None = None  # (N,) after the rule of --missing-eos-score
     ref_logprobs: Tensor | None = None  # (N, R) of the reference
 
 
@@ -408,10 +407,10 @@ def score_rollout(rollout: Rollout, columns: dict, reward: Callable, samples: in
     return torch.where(ended, scores, args.missing_eos_score)
 
 
-def make_batch(rollout: Rollout, scores: Tensor, samples: int, reference: Policy, args, devices) -> Batch:
-    """Tensors of a rollout and its scores (N,), with the reference's log-probabilities; samples: rows per prompt."""
+def make_batch(rollout: Rollout, samples: int, reference: Policy, args: Args, devices: "Devices") -> Batch:
+    """Tensors of a rollout, with the reference's log-probabilities; samples: rows per prompt."""
     prompts = pad(rollout.prompts[::samples], devices.device, "left")
-    batch = Batch(samples, *prompts, *pad(rollout.responses, devices.device), scores=scores.to(devices.device))
+    batch = Batch(samples, *prompts, *pad(rollout.responses, devices.device))
     batch.behaviour_logprobs, _ = pad(rollout.logprobs, devices.device)
     batch.ref_logprobs = all_rows(reference, batch, args, devices)
     return batch
@@ -428,7 +427,7 @@ def micro_batches(batch: Batch, prompts: Tensor, args: Args) -> list[Tensor]:
 def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Tensor:
     """The model's outputs for rows (n,), which are all rows of some prompts: (n, R), of a ScoreModel (n, 1 + R)."""
     prompts = rows[:: batch.samples] // batch.samples
-    prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]
+    prompt_mask, mask = F.pad(batch.prompt_mask[prompts], (1, 0)), batch.mask[rows]  # in front: so that P can be 2
     P, R = max(2, int(prompt_mask.sum(1).max())), int(mask.sum(1).max())  # cut what is padding in all rows, but P > 1
     queries = (F.pad(batch.prompts[prompts], (1, 0))[:, -P:], prompt_mask[:, -P:])
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -439,7 +438,7 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
 def all_rows(model: nn.Module, batch: Batch, args: Args, devices: "Devices") -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     rows = micro_batches(batch, torch.arange(len(batch.prompts)), args)
-    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # no_grad is of one thread, map() of two
+    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # in map()'s second thread too
     outputs = devices.map(function, rows)
     return torch.cat(list(outputs))[torch.cat(rows).argsort()]
 
@@ -468,7 +467,7 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
         if devices.helper:  # two threads must not both add to .grad: the loop below does, always in the same order
             return torch.autograd.grad(loss, parameters, materialize_grads=True), micro_metrics
         loss.backward()  # adds to .grad itself, as FSDP needs it
-        return (), micro_metrics
+        return (), micro_metrics  # nothing is left to add
 
     for u in range(updates):
         finished_batches = t if args.lr_schedule == "per_batch" else t + u / updates
@@ -494,17 +493,17 @@ def learn(model, loss_fn: Callable, optimizer, batch: Batch, t: int, args: Args,
 
 
 # 5. The algorithm -----------------------------------------------------------------------------------------------------
-def best_and_worst(rollout: Rollout, scores: Tensor, samples_per_prompt: int) -> tuple[Rollout, Tensor]:
-    """Keep the best and the worst of each prompt's K samples: rows best, worst, best, ... and their scores (2B,)."""
+def best_and_worst(rollout: Rollout, scores: Tensor, samples_per_prompt: int) -> Rollout:
+    """Keep the best and the worst of each prompt's K samples, by scores (B*K,): 2B rows best, worst, best, ..."""
     by_prompt = scores.view(-1, samples_per_prompt)  # (B, K)
     first = torch.arange(len(by_prompt)) * samples_per_prompt
     rows = torch.stack([first + by_prompt.argmax(1), first + by_prompt.argmin(1)], 1).flatten()  # (2B,)
     # Where all K scores are equal, both are the same row: no gradient in dpo and ipo.
-    return take_rows(rollout, rows.tolist()), scores[rows]
+    return take_rows(rollout, rows.tolist())
 
 
 def dpo_loss(policy: Policy, batch: Batch, rows: Tensor, mini_rows: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """Share of a micro-batch, rows (2b,), in the mean loss over all pairs of its mini-batch, mini_rows.
+    """A micro-batch's share of its mini-batch's mean loss over pairs. rows (2b,), mini_rows: their rows in the batch.
 
     margin h = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected), of whole responses
     dpo        -log sigmoid(beta h)         Rafailov et al., arXiv 2305.18290, eq. 7
@@ -534,7 +533,7 @@ def evaluate(rollout, columns: dict, policy, reference, reward, gold, end_ids: l
     if gold is not None:
         values["gold_score"] = gold(rollout.prompts, rollout.responses, columns, 1)
         values["win_rate"] = values["gold_score"] > gold(rollout.prompts, columns["reference_ids"], columns, 1)
-    batch = make_batch(rollout, scores, 1, reference, args, devices)
+    batch = make_batch(rollout, 1, reference, args, devices)
     values["kl"] = (all_rows(policy, batch, args, devices) - batch.ref_logprobs).sum(1)
     values |= {"response_length": batch.mask.sum(1), "nll": -batch.ref_logprobs.sum(1)}
     values["tokens"] = batch.prompt_mask.sum(1) + batch.mask.sum(1)
@@ -562,8 +561,9 @@ def main(args: Args) -> None:
         if devices.generates:
             generator.start_weights = weights
             generator.start()
-        generator.limit = probe_limit(policy, probe, args, devices)
-        reference = shard(Policy(args).requires_grad_(False), args, device)
+        reference = Policy(args).requires_grad_(False).eval()
+        generator.limit = probe_limit(reference, probe, args, devices)  # before FSDP, which rounds float32 as well
+        reference = shard(reference, args, device)
 
         for t in range(first, args.num_batches + 1):
             if t > first and args.save_every and t % args.save_every == 0:
@@ -587,8 +587,8 @@ def main(args: Args) -> None:
             # 3. Label it.
             with run.timed("learner", "label", step=t):
                 scores = score_rollout(rollout, train_data[rollout.rows], reward, K, end_ids, args)
-                pairs, pair_scores = best_and_worst(rollout, scores, K)
-                batch = make_batch(pairs, pair_scores, 2, reference, args, devices)
+                pairs = best_and_worst(rollout, scores, K)
+                batch = make_batch(pairs, 2, reference, args, devices)
 
             # 4. Learn from it: version t + 1.
             with run.timed("learner", "learn", step=t):
@@ -874,7 +874,7 @@ def start_engine(args: Args, devices: Devices, weights: Weights) -> tuple:
         model=args.model if cuda else str(weights.folder),  # a path known from before reuses torch.compile's cache
         dtype=args.dtype, seed=args.seed,
         max_model_len=longest, max_num_batched_tokens=max(8192, longest),
-        enable_prefix_caching=True, block_size=None if cuda else 32,  # K samples of a prompt read it once
+        enable_prefix_caching=True, block_size=None if cuda else 32,  # K samples share a prompt's blocks
         logprobs_mode="processed_logprobs",  # of logits / temperature: what the tokens were sampled from
         enable_chunked_prefill=False,  # vLLM's CPU sampler cannot rewind the seed of a half-read prompt
         distributed_executor_backend=UniProcExecutor,  # no third process: its message queue would spin on a core

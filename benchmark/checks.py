@@ -125,7 +125,7 @@ def prompts(args, use: str, texts: list[str], ids: list[list[int]], rows: list[i
     """
     fit = f"{len(rows)} of {len(ids)} prompts fit --prompt-length {args.prompt_length}"
     if "" in texts:
-        fit += f"; {texts.count('')} have no text, such as row {texts.index('')}"
+        fit += f"; {texts.count('')} have no text or no reference, such as row {texts.index('')}"
     fewest = int(os.environ.get("WORLD_SIZE", 1)) if use == "eval" else max(2, args.num_prompts)
     if len(rows) < fewest:
         raise ValueError(f"{fit}; {fewest} are needed")

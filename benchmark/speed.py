@@ -158,9 +158,11 @@ class Parts:
         columns = self.data[rollout.rows]
         scores = self.module.score_rollout(rollout, columns, self.reward, samples, self.end_ids, args)
         if self.module is dpo:
-            rollout, scores = dpo.best_and_worst(rollout, scores, samples)
-            samples = 2
-        return self.module.make_batch(rollout, scores, samples, self.reference, args, self.devices)
+            rollout, samples = dpo.best_and_worst(rollout, scores, samples), 2
+        batch = self.module.make_batch(rollout, samples, self.reference, args, self.devices)
+        if self.module is rloo:
+            batch.scores = scores.to(self.devices.device)
+        return batch
 
     def learn(self, batch) -> None:
         loss = dpo.dpo_loss if self.module is dpo else rloo.leave_one_out_loss

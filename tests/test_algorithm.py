@@ -56,10 +56,11 @@ def naive_logprobs(model, query, response, temperature):
 
 def batch_of(task, args, rollout):
     policy = script.Policy(args)
-    tokenizer, end_ids = script.load_tokenizer(args)
-    reward = script.make_reward("reward", DATA, tokenizer, end_ids, args, ALONE)
-    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, 2, end_ids, args)
-    return policy, script.make_batch(rollout, scores, 2, policy, args, ALONE)
+    return policy, script.make_batch(rollout, 2, policy, args, ALONE)
+
+
+def random_scores(rows):
+    return torch.randn(rows, generator=torch.Generator().manual_seed(4))
 
 
 def learner_of(task, algo, rollout, samples, **changes):
@@ -68,11 +69,12 @@ def learner_of(task, algo, rollout, samples, **changes):
     shape = dict(samples_per_prompt=samples, batch_size=len(rollout.prompts))
     args = module.Args(**vars_of(make_args(task, **shape)) | changes)
     policy = module.Policy(args)
-    scores = torch.randn(len(rollout.prompts), generator=torch.Generator().manual_seed(4))
+    scores = random_scores(len(rollout.prompts))
     if algo == "online_dpo":
-        rollout, scores = script.best_and_worst(rollout, scores, samples)
-        samples = 2
-    batch = module.make_batch(rollout, scores, samples, policy, args, ALONE)
+        rollout, samples = script.best_and_worst(rollout, scores, samples), 2
+    batch = module.make_batch(rollout, samples, policy, args, ALONE)
+    if algo == "rloo":
+        batch.scores = scores
     with torch.no_grad():  # the learner has moved on from the reference
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * 0.02)
@@ -149,7 +151,7 @@ def test_padding_changes_nothing(task, algo):
         model, loss_fn, batch, args = learner_of(task, algo, make_rollout(), 2, num_epochs=2)
         batch.prompts[~batch.prompt_mask] = batch.responses[~batch.mask] = filler
         if algo == "ppo":
-            async_ppo.ppo_targets(model, batch, args, ALONE)
+            async_ppo.ppo_targets(model, batch, random_scores(len(batch.mask)), args, ALONE)
         metrics = script.learn(model, loss_fn, torch.optim.AdamW(model.parameters(), lr=1e-2), batch, 0, args, ALONE)
         results.append((metrics, [p.detach().clone() for p in model.parameters()]))
     assert results[0][0] == results[1][0]
@@ -159,20 +161,21 @@ def test_padding_changes_nothing(task, algo):
 def test_pairs_are_best_and_worst():
     rng = np.random.default_rng(3)
     rollout, scores = make_rollout(prompts=6, k=4), torch.tensor(rng.integers(0, 5, 24).astype(np.float32))
-    pairs, pair_scores = script.best_and_worst(rollout, scores, 4)
-    assert len(pairs.prompts) == len(pairs.responses) == len(pairs.logprobs) == len(pair_scores) == 12
+    pairs = script.best_and_worst(rollout, scores, 4)
+    assert len(pairs.prompts) == len(pairs.responses) == len(pairs.logprobs) == 12
     for p in range(6):
         group, rows = scores[p * 4 : p * 4 + 4].tolist(), list(zip(pairs.prompts, pairs.responses, pairs.logprobs))
         best, worst = p * 4 + group.index(max(group)), p * 4 + group.index(min(group))
         whole = list(zip(rollout.prompts, rollout.responses, rollout.logprobs))
         assert rows[2 * p] == whole[best] and rows[2 * p + 1] == whole[worst]
-        assert pair_scores[2 * p : 2 * p + 2].tolist() == [max(group), min(group)]
 
 
 def test_missing_eos_replaces_the_score(task):
-    rollout = make_rollout()
-    _, batch = batch_of(task, make_args(task, missing_eos_score=-7.0), rollout)
-    for response, score in zip(rollout.responses, batch.scores.tolist()):
+    rollout, args = make_rollout(), make_args(task, missing_eos_score=-7.0)
+    tokenizer, end_ids = script.load_tokenizer(args)
+    reward = script.make_reward("reward", DATA, tokenizer, end_ids, args, ALONE)
+    scores = script.score_rollout(rollout, {"query": [""] * len(rollout.prompts)}, reward, 2, end_ids, args)
+    for response, score in zip(rollout.responses, scores.tolist()):
         assert (score == -7.0) == (response[-1] != 1)
 
 
@@ -200,7 +203,7 @@ def test_micro_batches_change_memory_not_results(task, algo):
         changes = dict(micro_batch_size=size, num_mini_batches=2, max_grad_norm=1e9)  # clipping would hide a scale
         model, loss_fn, batch, args = learner_of(task, algo, make_rollout(prompts=8, k=4), 4, **changes)
         if algo == "ppo":
-            async_ppo.ppo_targets(model, batch, args, ALONE)
+            async_ppo.ppo_targets(model, batch, random_scores(len(batch.mask)), args, ALONE)
         metrics = script.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args, ALONE)
         results.append((metrics, torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
@@ -218,7 +221,7 @@ def test_smaller_micro_batches_change_nothing_but_rounding(task, algo):
         policy = model.policy if algo == "ppo" else model
         policy.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_, runs=layers_run: runs.append(1))
         if algo == "ppo":
-            async_ppo.ppo_targets(model, batch, args, ALONE)
+            async_ppo.ppo_targets(model, batch, random_scores(len(batch.mask)), args, ALONE)
         before = len(layers_run)
         module.learn(model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), batch, 0, args, ALONE)
         weights.append((torch.cat([p.flatten() for p in model.parameters()]), len(layers_run) - before))
@@ -262,12 +265,13 @@ def test_ppo_targets_against_loops(task, loss):
     rollout = make_rollout()
     changes = dict(kl_coef=0.3, gamma=0.9, ppo_loss=loss, temperature=0.7)
     model, _, batch, args = learner_of(task, "ppo", rollout, 2, value_model=f"{task}/rm", **changes)
-    async_ppo.ppo_targets(model, batch, args, ALONE)
+    scores = random_scores(len(batch.mask))
+    async_ppo.ppo_targets(model, batch, scores, args, ALONE)
     raw = []
     for i, (query, response) in enumerate(zip(rollout.prompts, rollout.responses)):
         n, mu, ref = len(response), rollout.logprobs[i], batch.ref_logprobs[i].tolist()
         reward = [-0.3 * (mu[t] - ref[t]) for t in range(n)]
-        reward[-1] += batch.scores[i].item()
+        reward[-1] += scores[i].item()
         value = [*batch.values[i, :n].tolist(), 0.0]
         delta = [reward[t] + 0.9 * value[t + 1] - value[t] for t in range(n)]
         advantage = [sum((0.9 * 0.95) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
@@ -283,7 +287,7 @@ def test_ppo_targets_against_loops(task, loss):
 
 def test_ppo_loss_is_the_mean_over_the_tokens_of_the_mini_batch(task):
     model, loss_fn, batch, args = learner_of(task, "ppo", make_rollout(), 2)
-    async_ppo.ppo_targets(model, batch, args, ALONE)
+    async_ppo.ppo_targets(model, batch, random_scores(len(batch.mask)), args, ALONE)
     mini = torch.arange(8)
     whole = loss_fn(model, batch, mini, mini, args)[0].item()
     terms = []

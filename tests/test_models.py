@@ -328,7 +328,7 @@ def test_rows_that_are_left_out_are_counted(task, tmp_path, capsys):
     rows[5]["query"], rows[9]["query"] = None, "Q: " + "w1 " * 40
     Dataset.from_list(rows).save_to_disk(tmp_path / "data")
     assert len(read(arguments(task, dataset=str(tmp_path / "data")))) == 62
-    line = "Split train: 62 of 64 prompts fit --prompt-length 32; 1 have no text, such as row 5"
+    line = "Split train: 62 of 64 prompts fit --prompt-length 32; 1 have no text or no reference, such as row 5"
     assert line in capsys.readouterr().out
 
 

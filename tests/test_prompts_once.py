@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import async_online_dpo as script
 import async_ppo
 from tests import tiny
-from tests.test_algorithm import ALONE, DATA, learner_of, make_args, make_rollout
+from tests.test_algorithm import ALONE, DATA, learner_of, make_args, make_rollout, random_scores
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, eos_token_id=1)
 GATED = SMALL | dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None)
@@ -66,7 +66,7 @@ def test_outputs_and_gradients_are_those_of_each_row_by_itself(task, folders, k)
     value_model = async_ppo.ValueModel(value_args).eval()
     tokenizer = AutoTokenizer.from_pretrained(f"{task}/policy")
     reward = script.make_reward("reward", DATA, tokenizer, [1], args, ALONE)
-    batch = script.make_batch(rollout, torch.zeros(8 * k), k, policy, args, ALONE)
+    batch = script.make_batch(rollout, k, policy, args, ALONE)
     scores = reward(rollout.prompts, rollout.responses, {}, k)
     weights = torch.randn(8 * k, batch.mask.shape[1], generator=torch.Generator().manual_seed(1)) * batch.mask
     found = []
@@ -120,7 +120,7 @@ def test_the_helper_changes_no_bit(task, algo):
             model, loss_fn, batch, args = learner_of(task, algo, make_rollout(prompts=16, k=2), 2, **changes)
             before = len(helped)
             if algo == "ppo":
-                async_ppo.ppo_targets(model, batch, args, where)
+                async_ppo.ppo_targets(model, batch, random_scores(len(batch.mask)), args, where)
             metrics = script.learn(model, loss_fn, torch.optim.AdamW(model.parameters()), batch, 0, args, where)
             results.append((metrics, [p.detach() for p in model.parameters()], len(helped) - before))
     finally:

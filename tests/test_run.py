@@ -142,10 +142,12 @@ def test_no_staleness_is_the_plain_loop(run, task, engine, tmp_path, algo):
         rollout = generator.generate(module.batch_request(t, weights, data, args), 0.0)
         scores, samples = module.score_rollout(rollout, data[rollout.rows], reward, 2, end_ids, args), 2
         if algo == "online_dpo":
-            rollout, scores = module.best_and_worst(rollout, scores, 2)
-        batch = module.make_batch(rollout, scores, samples, reference, args, devices)
+            rollout = module.best_and_worst(rollout, scores, 2)
+        batch = module.make_batch(rollout, samples, reference, args, devices)
+        if algo == "rloo":
+            batch.scores = scores
         if algo == "ppo":
-            module.ppo_targets(model, batch, args, devices)
+            module.ppo_targets(model, batch, scores, args, devices)
         module.learn(model, getattr(module, loss), optimizer, batch, t, args, devices)
     torch.set_num_threads(threads)
     trained = metrics(folder)[1]
