@@ -39,7 +39,7 @@ class Panel(NamedTuple):
 DIALS = {"max_staleness": "S: lag in batches", "num_mini_batches": "N: updates on one generated batch"}
 DIALS |= {"num_epochs": "T: epochs per batch", "samples_per_prompt": "K: samples per prompt"}
 LABELS = DIALS | {"win_rate": "gold win-rate", "kl": "KL to the reference, per response", "score": "proxy reward"}
-LABELS |= {"seconds": "seconds of training (runs timed alone)", "episodes": "completions", "gold_score": "gold reward"}
+LABELS |= {"seconds": "seconds of training, runs timed alone", "episodes": "completions", "gold_score": "gold reward"}
 LABELS |= {"accuracy": "accuracy on held-out problems"}
 FIGURES = {
     "async_vs_sync": [Panel(x, "win_rate", ("way",)) for x in ("episodes", "seconds")],
@@ -63,7 +63,7 @@ COLUMNS |= dict.fromkeys(("losses", "scale", "lag", "math"), "algorithm")
 ORDER = ["online_dpo", "rloo", "ppo", "sft-s", "sft-m", "sft-l"]
 SHOWN = {"async_vs_sync": {"algorithm": "online_dpo"}}  # in the figure, as in the paper's; the tables have all
 WORDS = {"S=1": "asynchronous", "online_dpo": "Online DPO", "rloo": "RLOO", "ppo": "PPO", "best_of_k": "best-of-2 SFT"}
-WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l"}
+WORDS |= {"sft-s": "policy s", "sft-m": "policy m", "sft-l": "policy l", "sft": "SmolLM2-135M"}
 OWN_LOSS = {"online_dpo": "dpo", "rloo": "proximal", "ppo": "behaviour"}
 LOSSES = ("best_of_k", "ipo", "vanilla", "truncated", "topr", "copg", "asymre", "recompute", "decoupled", "cispo")
 COLOURS = {"S=1": "C0", "colocate": "C1", "split": "C2"} | dict.fromkeys(OWN_LOSS.values(), "black")
@@ -216,7 +216,8 @@ def label(axis, ends: dict[str, tuple[float, float, str]]) -> None:
 
 def name_of(lines: tuple, key: tuple) -> str:
     """ "N = 4", "asynchronous", "best-of-2 SFT"."""
-    words = [f"{DIALS[k][0]} = {text(value)}" if k in DIALS else text(value) for k, value in zip(lines, key)]
+    signs = {dial: f"{words[0]} = " for dial, words in DIALS.items()} | {"learning_rate": "rate "}
+    words = [signs.get(k, "") + text(value) for k, value in zip(lines, key)]
     return ", ".join(WORDS.get(word, word) for word in words)
 
 
@@ -241,7 +242,7 @@ def draw(name: str) -> None:
     ends = [{} for _ in places]
     for i, (axis, (panel, part, title)) in enumerate(zip(axes.flat, places)):
         lines = varying(part, panel.lines)
-        seen = [sorted({row[key] for row in part}) for key in lines]
+        seen, seeds = [sorted({row[key] for row in part}) for key in lines], []
         for j, (key, group) in enumerate(groups(part, lines).items()):
             look = {"color": f"C{j}", "linestyle": "-"}
             if lines:  # the first key is the colour, the second the dashes
@@ -252,9 +253,14 @@ def draw(name: str) -> None:
             if not timed(last(group), panel.x):  # it ran beside others, or diverged
                 continue
             x, y = line(axis, group, panel.x, y_of(panel, rows), **look)
-            ends[i][name_of(lines, key)] = x, y, look["color"]
+            points = groups(timed(group, panel.x), (panel.x,) if panel.x in DIALS else ())
+            seeds += [len(groups(point, ("prepared", "seed"))) for point in points.values()]
+            end = " (end)" if panel.x not in DIALS and len(groups(group, ("version",))) == 2 else ""
+            if lines:
+                ends[i][name_of(lines, key) + end] = x, y, look["color"]
         if panel.x in DIALS:
             axis.set_xscale("symlog", base=2, linthresh=1)
+            axis.set_xticks(sorted({row[panel.x] for row in part}))
             axis.xaxis.set_major_formatter("{x:g}")
         if panel.x in DIALS and panel.y == "win_rate":
             for (policy,), group in groups(part, ("policy",)).items():
@@ -262,7 +268,10 @@ def draw(name: str) -> None:
                 axis.axhline(start, color="grey", linewidth=0.8, linestyle="--")
                 told = f"{WORDS.get(policy, policy)}, before" if "policy" in lines else "before training"
                 ends[i][told] = axis.get_xlim()[1], start, "grey"
-        axis.set(xlabel=LABELS[panel.x], title=WORDS.get(title, title) if i < shape[1] else "")
+        told = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+        axis.set_xlabel(f"{LABELS[panel.x]} ({told} seeds)")
+        above = [*SHOWN.get(kind, {}).values(), title]  # such as Online DPO, policy m
+        axis.set_title(", ".join(WORDS.get(word, word) for word in above) if i < shape[1] else "")
         if i % shape[1] == 0 or kind not in COLUMNS:
             axis.set_ylabel(LABELS[y_of(panel, rows)])
     for axis, last_points in zip(axes.flat, ends):  # now that the axes have their limits
