@@ -145,7 +145,7 @@ def test_a_way_has_one_colour_in_all_panels(tmp_path, monkeypatch):
     assert sorted(name for name, _ in set(names)) == ["asynchronous", "colocate", "split"]
     assert sorted(colour for _, colour in names) == sorted(lines)
     assert len(set(lines)) == 3
-    assert [axis.get_title() for axis in figure.axes] == ["policy s", "policy m", "policy l", "", "", ""]
+    assert [axis.get_title() for axis in figure.axes] == [*(f"Online DPO, policy {size}" for size in "sml"), *[""] * 3]
 
 
 def test_pages_show_what_the_results_say(monkeypatch):
@@ -228,6 +228,9 @@ def test_two_evaluations_are_no_curve(monkeypatch):
     one, *others = [len(line.get_xdata()) for line in against_kl.get_lines()]
     assert one > 10 and others == [1, 1, 1]
     assert "before training" in [text.get_text() for text in against_n.texts]
+    assert {"N = 1", "N = 16 (end)"} <= {text.get_text() for text in against_kl.texts}
+    assert [axis.get_xlabel().rpartition("(")[2] for axis in figure.axes] == ["5 to 8 seeds)"] * 2
+    assert against_n.get_xticks().tolist() == [1, 4, 16, 64]
 
 
 def test_an_experiment_without_runs_has_a_page(monkeypatch):
