@@ -159,3 +159,12 @@ common.Preparation.__init__ = lambda self, *_: setattr(self, "done", True)
 print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())"""
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.split()[-2:] == ["2", "AVX2"]
+
+
+@pytest.mark.parametrize("first", ["os", "torch"])
+def test_threads_that_prepare_do_not_spin(first, monkeypatch):
+    """Set before torch reads it. A run that imports a reward has torch already, and is timed: it stays as it was."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = f"import {first}, benchmark.tasks, os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.split() == (["PASSIVE"] if first == "os" else ["None"])
