@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,22 @@ def test_tldr_posts_hold_their_facts_and_repeat_with_the_seed():
         words = row["query"].split()
         assert all(value in words for value in json.loads(row["facts"]).values())
         assert row["query"].endswith("TL;DR:") and row["reference"].startswith(" my ")
+
+
+def test_the_examples_of_the_page_are_posts_of_the_task_and_judged_so():
+    rng = random.Random(tldr_tiny.Args().seed)
+    rows = {row["query"]: row for row in (tldr_tiny.make_row(rng) for _ in range(20_000 + 1_024))}
+    page = Path(common.__file__).with_name("README.md").read_text()
+    lines = re.findall(r"^\| (?:post|reference|version) .*", page, re.M)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    judged = []
+    for name, words, score in table:
+        if name == "post":
+            row = rows[words]
+            continue
+        judged.append(f"{tldr_tiny.gold([''], [words], facts=[row['facts']])[0]:.1f}" == score)
+        assert name != "reference" or words == row["reference"].strip()
+    assert judged == [True] * 6
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
