@@ -438,7 +438,7 @@ def forward_rows(model: nn.Module, batch: Batch, rows: Tensor, args: Args) -> Te
 def all_rows(model: nn.Module, batch: Batch, args: Args, devices: "Devices") -> Tensor:
     """forward_rows() of the whole batch (N, R), without gradients, a micro-batch at a time."""
     rows = micro_batches(batch, torch.arange(len(batch.prompts)), args)
-    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # in map()'s second thread too
+    function = torch.no_grad()(partial(forward_rows, model, batch, args=args))  # no_grad in each thread of map()
     outputs = devices.map(function, rows)
     return torch.cat(list(outputs))[torch.cat(rows).argsort()]
 
